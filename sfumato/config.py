@@ -145,8 +145,8 @@ class Objective(Section):
 class Optimizer(Section):
     """How the weights move. Everything here counts applied optimizer steps."""
 
-    name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
-    """"adamw8bit" needs the extra `sfumato[bnb]` and a GPU; "sgd" is without momentum, for checks."""
+    name: Literal["adamw", "sgd"] = "adamw"
+    """"sgd" is without momentum: one step is the gradient times lr, which is what checks want."""
     lr: float = Field(1e-5, ge=0)
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

@@ -1,0 +1,104 @@
+"""Our settings as DeepSpeed's configuration.
+
+Every key whose value changes numbers is written, because DeepSpeed's defaults move between releases (a
+missing gradient_clipping means 1.0 since 0.19.3) and unknown top-level keys pass in silence.
+"""
+
+from typing import Any
+
+from sfumato.config import Config
+from sfumato.errors import UserError
+
+OWNED: dict[str, str] = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size and micro_batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "[optimizer]",
+    "scheduler": "optimizer.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision and engine.fp16",
+    "torch_autocast": "engine.precision",
+    "amp": "engine.precision",
+    "data_types": "engine.precision",
+    "communication_data_type": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_allow_untested_optimizer": "optimizer.name",
+    "zero_force_ds_cpu_optimizer": "optimizer.name",
+    "activation_checkpointing": "engine.gradient_checkpointing",
+    "checkpoint": "[checkpoint]",
+    "dataloader_drop_last": "[data]",
+    "steps_per_print": "log.every",
+}
+"""DeepSpeed keys that a setting of ours decides: dotted DeepSpeed key -> our setting's name."""
+
+
+def accumulation(config: Config, world: int) -> int:
+    """Micro-batches per rank and optimizer step."""
+    per_pass = config.micro_batch_size * world
+    if config.batch_size % per_pass:
+        raise UserError(
+            f"batch_size = {config.batch_size} with micro_batch_size = {config.micro_batch_size} on {world} ranks",
+            f"one pass over all ranks takes {per_pass} samples, which does not divide {config.batch_size}",
+            f"set batch_size to a multiple of {per_pass}, such as {-(-config.batch_size // per_pass) * per_pass}",
+        )
+    return config.batch_size // per_pass
+
+
+def autocast(config: Config) -> bool:
+    """Whether the weights stay fp32 and torch casts the arithmetic.
+
+    DeepSpeed's stage 0 with bf16 weights has no fp32 masters that can be read, so that cell is fp32 weights
+    with bf16 arithmetic; at stages 1 to 3 the weights are bf16 and the masters fp32.
+    """
+    return config.engine.precision == "bf16" and config.engine.zero_stage == 0
+
+
+def ds_config(config: Config, world: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of a run on `world` ranks."""
+    engine, steps = config.engine, accumulation(config, world)
+    low = engine.precision != "fp32" and not autocast(config)
+    # Sums over many micro-batches lose digits in half precision; with one there is nothing to sum.
+    fp32_sums = low and steps > 1
+    ours: dict[str, Any] = {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": steps,
+        # At stage 0 DeepSpeed does not report the norm that it clips to: engine.py clips there.
+        "gradient_clipping": config.optimizer.max_grad_norm if engine.zero_stage else 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32" if fp32_sums and engine.zero_stage > 1 else None,
+        "data_types": {"grad_accum_dtype": "fp32" if fp32_sums else None},
+        "bf16": {"enabled": low and engine.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": engine.precision == "fp16", **engine.fp16.model_dump()},
+        "torch_autocast": {"enabled": False},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+            "round_robin_gradients": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+        "steps_per_print": 2**62,
+    }
+    return merge(ours, engine.deepspeed)
+
+
+def merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Lay the user's DeepSpeed keys over ours; one that our settings own is a UserError."""
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = f"{prefix}{key}"
+        if name in OWNED:
+            raise UserError(
+                f"[engine.deepspeed] {name} = {value!r}",
+                f"{OWNED[name]} decides that" + (f" (now {ours[key]!r})" if key in ours else ""),
+                f"remove it there and set {OWNED[name]}",
+            )
+        both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+        merged[key] = merge(ours[key], value, f"{name}.") if both else value
+    return merged

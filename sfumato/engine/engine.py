@@ -1,0 +1,170 @@
+"""The trained module in DeepSpeed's hands: forward, backward, step, and what may be read from it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sfumato.config import Config
+from sfumato.engine import optimizer, shards
+from sfumato.engine.ds_config import accumulation, autocast, ds_config
+from sfumato.engine.ranks import Ranks
+from sfumato.engine.weights import WeightFiles
+from sfumato.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside it modules are built without drawing their random weights, which `shards.fill` overwrites."""
+
+    DRAWS = (torch.Tensor.uniform_, torch.Tensor.normal_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
+
+
+class Engine:
+    """One module, one optimizer, sharded as `[engine]` says; it is called like the module.
+
+    `step` counts applied optimizer steps, from zero. One backward and one step per micro-batch: DeepSpeed
+    counts the micro-batches, and the weights move on the last one of a global batch.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Ranks, build: Callable[[], nn.Module], read: shards.Read
+    ) -> None:
+        """Build the module on all ranks together and fill it with weights.
+
+        build: makes the module; every trained parameter's shape is final, its numbers are not used.
+        read: gives slices of the fp32 weights, see `shards.Read`.
+        """
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.config, self.ranks = config, ranks
+        self.accumulation = accumulation(config, ranks.world)
+        self.autocast = autocast(config)
+        self.dtype = torch.float32 if self.autocast else DTYPES[config.engine.precision]
+        self.step_count = 0
+        self.grad_norm: float | Tensor = 0.0
+        self._micro = 0
+        self._losses: list[Tensor] = []
+        settings = ds_config(config, ranks.world)
+        module = self._build(build, settings)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        assert trained, "the method's module has no parameter that learns"
+        base = optimizer.build(config, trained, ranks.device)
+        # DeepSpeed takes parameters and optimizer together; without the list it would pass frozen ones too.
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=base, model_parameters=trained, config=settings, dist_init_required=False
+        )
+        weights.check(self.deepspeed.module)
+        shards.fill(self.deepspeed, weights)
+
+    def _build(self, build: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
+        with Unfilled():
+            if self.config.engine.zero_stage < 3:
+                return build()
+            # Each layer is cut into the ranks' parts as soon as it exists, so that no rank holds the whole.
+            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=self.dtype):
+                return build()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass in the run's arithmetic."""
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.deepspeed(*args, **kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The module's parameters, as nn.Module gives them."""
+        return self.deepspeed.module.parameters()
+
+    @contextmanager
+    def drawing(self) -> Iterator[nn.Module]:
+        """The module for pictures: no gradients, the run's arithmetic. All ranks must run it equally often."""
+        with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.autocast):
+            yield self.deepspeed.module
+
+    def backward(self, losses: Tensor) -> None:
+        """Add a micro-batch's gradient; losses: (B,), one per sample of this rank's micro-batch.
+
+        The gradient of an optimizer step is that of the mean over the global batch, whatever the split.
+        """
+        share = losses.sum() * (self.ranks.world * self.accumulation / self.config.batch_size)
+        # DeepSpeed divides by accumulation and averages over ranks.
+        self.deepspeed.backward(share)
+        self._losses.append(losses.detach().sum())
+
+    def step(self) -> bool:
+        """Close a micro-batch; on the last of a global batch move the weights.
+
+        Returns True where the optimizer step was applied. False: not the last micro-batch, or the gradient
+        was not finite and nothing was changed.
+        """
+        last = self._micro == self.accumulation - 1
+        assert self.deepspeed.is_gradient_accumulation_boundary() == last, (
+            "DeepSpeed counts other micro-batches"
+        )
+        self._micro = 0 if last else self._micro + 1
+        if last:
+            self._set_rates()
+            if self.config.engine.zero_stage == 0 and not self._clip():
+                self.deepspeed.zero_grad()
+                self.deepspeed.micro_steps += 1
+                return self._close(False)
+        self.deepspeed.step()
+        if not last:
+            return False
+        if self.config.engine.zero_stage:
+            self.grad_norm = self.deepspeed.get_global_grad_norm()
+        return self._close(self.deepspeed.was_step_applied())
+
+    def _close(self, applied: bool) -> bool:
+        self.step_losses = torch.stack(self._losses).sum() / (self.config.batch_size / self.ranks.world)
+        self._losses = []
+        self.step_count += applied
+        return applied
+
+    def _set_rates(self) -> None:
+        """Learning rate and EMA decay of the coming step, as functions of the step alone."""
+        self.lr = self.config.peak_lr * optimizer.lr_factor(self.config, self.step_count)
+        for group in self.deepspeed.basic_optimizer.param_groups:
+            group["lr"] = self.lr
+        if self.config.ema.enabled:
+            self.deepspeed.basic_optimizer.ema_decay = optimizer.ema_decay(self.config.ema, self.step_count)
+
+    def _clip(self) -> bool:
+        """Stage 0 clips here, because DeepSpeed tells no gradient norm there; False if it is not finite."""
+        limit = self.config.optimizer.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in self.deepspeed.module.parameters() if p.requires_grad], limit
+        )
+        self.grad_norm = norm.detach()
+        return bool(torch.isfinite(norm))
+
+    def explain_skip(self, ids: Tensor) -> None:
+        """After a step that was not applied: return if fp16 can try again with a smaller scale, else raise.
+
+        ids: the samples of this rank's part of the batch.
+        """
+        every: list[Any] = [None] * self.ranks.world
+        torch.distributed.all_gather_object(every, ids.tolist())
+        samples = sorted(sum(every, []))
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        if self.config.engine.precision == "fp16" and scaler is not None and scaler.dynamic:
+            if scaler.cur_scale > self.config.engine.fp16.min_loss_scale:
+                return
+        raise UserError(
+            f"optimizer step {self.step_count} on the samples {samples}",
+            f"the gradient is not finite (mean loss {float(self.ranks.mean(self.step_losses)):.6g}); "
+            "nothing was changed",
+            "look at these samples; lower optimizer.lr; or set engine.precision to bf16 or fp32. "
+            "The last checkpoint is whole",
+        )
+
+    def mean_loss(self) -> float:
+        """Mean loss of the last step over the global batch, on all ranks together (waits for the device)."""
+        return float(self.ranks.mean(self.step_losses.clone()))

@@ -1,0 +1,104 @@
+"""Which part of which parameter this rank's optimizer owns, at every ZeRO stage.
+
+The one place that reads DeepSpeed's private tables: `_hp_mapping` at stages 1 and 2, `grad_position` at
+stage 3 (written for 0.19.8; `tests/engine` has a test for every stage and number of ranks). A `Shard` names a
+slice of a parameter by (name, start, length), so that what is written on some ranks at some stage can be read
+on others at another.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Read = Callable[[str, int, int], Tensor]
+"""(parameter name, start, length) -> that slice of the flattened parameter, 1-D."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A slice of a parameter that this rank owns, as views into the optimizer's fp32 memory."""
+
+    name: str
+    start: int
+    """First element in the flattened parameter."""
+    flat: Tensor
+    """The optimizer's own tensor, the key of its state."""
+    offset: int
+    """First element in `flat`."""
+    length: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor shaped like `flat` that belongs to this shard, (length,)."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 weights, (length,)."""
+        return self.view(self.flat)
+
+
+def owned(engine: object) -> Iterator[Shard]:
+    """This rank's shards, in the order of the module's parameters."""
+    stage = engine.zero_optimization_stage()  # type: ignore[attr-defined]
+    find = {0: _whole, 1: _mapped, 2: _mapped, 3: _partitioned}[stage]
+    for name, parameter in engine.module.named_parameters():  # type: ignore[attr-defined]
+        if parameter.requires_grad:
+            yield from find(engine, name, parameter)
+
+
+def _whole(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # type: ignore[no-untyped-def]
+    """Stage 0: every rank steps every parameter itself."""
+    yield Shard(name, 0, parameter, 0, parameter.numel())
+
+
+def _mapped(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # type: ignore[no-untyped-def]
+    """Stages 1 and 2: a parameter's fragment in the rank's flat partition of its group."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is not None:
+        flat = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
+        start = mapping.lp_fragment_address.start
+        yield Shard(name, start, flat, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+
+
+def _partitioned(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # type: ignore[no-untyped-def]
+    """Stage 3: each parameter is cut into equal parts, the last ones padded."""
+    zero = engine.optimizer
+    group, offset, part = zero.grad_position[zero.get_param_id(parameter)]
+    start = part * torch.distributed.get_rank()
+    length = min(part, parameter.ds_numel - start)  # type: ignore[attr-defined]
+    if length > 0:
+        yield Shard(name, start, zero.fp32_partitioned_groups_flat[group], offset, length)
+
+
+@torch.no_grad()
+def fill(engine: object, read: Read) -> None:
+    """Write this rank's fp32 masters from `read`, and then the weights that the forward pass uses.
+
+    All ranks call it together. Writing the masters directly keeps the digits that a bf16 model on its way
+    into DeepSpeed would round off.
+    """
+    for shard in owned(engine):
+        shard.master.copy_(read(shard.name, shard.start, shard.length))
+    refresh(engine)
+
+
+@torch.no_grad()
+def refresh(engine) -> None:  # type: ignore[no-untyped-def]
+    """Make the low-precision weights equal to the masters, on all ranks together."""
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+    if stage == 3:
+        zero = engine.optimizer
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The whole shape of a parameter, also where stage 3 has put it away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

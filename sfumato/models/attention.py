@@ -1,0 +1,110 @@
+"""Which kernel computes attention in the denoiser.
+
+diffusers' `set_attention_backend` reaches only classes that were rewritten for it. A UNet's are not, and
+there the call changes nothing and says nothing; so a UNet gets a processor of ours that asks diffusers'
+dispatcher.
+"""
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.models.loading import quiet
+
+
+class DispatchedAttention:
+    """Attention of a UNet's transformer blocks through one of diffusers' backends; it takes no mask."""
+
+    def __init__(self, backend: str) -> None:
+        self._attention_backend = AttentionBackendName(backend)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(B, n, d) attends to itself or to (B, m, c); returns (B, n, d)."""
+        assert attention_mask is None, "the families pass no masks to their UNets"
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        heads = (attn.heads, -1)
+        query = attn.to_q(hidden_states).unflatten(-1, heads)  # (B, n, heads, d/heads)
+        key = attn.to_k(context).unflatten(-1, heads)  # (B, m, heads, d/heads)
+        value = attn.to_v(context).unflatten(-1, heads)
+        mixed = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        return attn.to_out[1](attn.to_out[0](mixed.flatten(2).to(query.dtype)))
+
+
+def set_attention(net: nn.Module, backend: str) -> None:
+    """Let a diffusers model compute attention with the named backend.
+
+    Raises UserError when diffusers does not know the name or cannot use it here, and lists what it can.
+    """
+    usable = [name for name in (member.value for member in AttentionBackendName) if fault(name) is None]
+    if (reason := fault(backend)) is not None:
+        raise UserError(
+            f'engine.attention = "{backend}"',
+            reason,
+            f"choose one that works here: {', '.join(sorted(usable))}",
+        )
+    layers = [module for module in net.modules() if isinstance(module, Attention)]
+    for layer in layers:
+        assert type(layer.processor) in (AttnProcessor2_0, DispatchedAttention) and plain(layer), (
+            f"{type(net).__name__} has attention of a kind that is not rewritten: {layer.processor}"
+        )
+        layer.set_processor(DispatchedAttention(backend))
+    if not layers:
+        with quiet():
+            net.set_attention_backend(backend)  # type: ignore[operator]
+
+
+def plain(layer: Attention) -> bool:
+    """Whether a layer has none of the extras that `DispatchedAttention` leaves out."""
+    extras = (layer.group_norm, layer.spatial_norm, layer.norm_q, layer.norm_k, layer.norm_cross)
+    return not any(extras) and not layer.residual_connection and layer.rescale_output_factor == 1
+
+
+def fault(backend: str) -> str | None:
+    """Why diffusers cannot use a backend on this machine; None if it can."""
+    if backend not in {member.value for member in AttentionBackendName}:
+        return "diffusers knows no such attention backend"
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(backend))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def probe(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
+    """Raise UserError unless a backend gives native attention's answer and gradients for heads of this width.
+
+    Some kernels have no backward pass: training with them would leave queries, keys and values as they are,
+    without a word.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 64, 2, width)
+    start = [
+        torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)
+    ]  # (B, n, heads, width)
+    answers = []
+    for name in ("native", backend):
+        parts = [part.clone().requires_grad_() for part in start]
+        try:
+            mixed = dispatch_attention_fn(*parts, backend=AttentionBackendName(name))
+            (mixed.float() * start[0].float()).sum().backward()
+        except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+            found = f"it does not run on {device.type} in {dtype}: {str(error).strip().split(chr(10))[0]}"
+            raise UserError(f'engine.attention = "{backend}"', found, "choose another backend") from error
+        answers.append([mixed, *(part.grad for part in parts)])
+    for what, right, got in zip(("answer", "gradient", "gradient", "gradient"), *answers, strict=True):
+        if got is None or not torch.allclose(got.float(), right.float(), rtol=0.05, atol=0.05):
+            found = f"its {what} differs from native attention's: it is not made for training"
+            raise UserError(f'engine.attention = "{backend}"', found, "choose another backend")

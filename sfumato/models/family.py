@@ -1,0 +1,219 @@
+"""The contract of a family of models, and what families share.
+
+A family is one file of this folder that ends in `FAMILY = ...`. Shapes: B samples, H x W pixels, c latent
+channels of h x w.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfumato import config
+from sfumato.data.batch import Batch
+from sfumato.errors import UserError
+from sfumato.models.attention import set_attention
+from sfumato.models.folder import examine
+from sfumato.models.loading import frozen, quiet
+
+Condition = dict[str, Tensor]
+
+
+class Family:
+    """The frozen parts of a model, how they encode, and how its denoiser is asked.
+
+    `folder`: the weights as `folder.locate` found them. `dtype`: arithmetic of the text encoders.
+    Raises UserError for every fault of the folder.
+    """
+
+    pipeline: ClassVar[type[DiffusionPipeline]]
+    """What is loaded, drawn with and exported."""
+    needs: ClassVar[tuple[str, ...]]
+    """The folders that the family reads besides the denoiser's, the VAE's and the scheduler's."""
+    denoiser_class: ClassVar[type[nn.Module]]
+    learns: ClassVar[str] = "unet"
+    """The part that is trained, by its name in the folder."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that LoRA changes."""
+    size_and_crop: ClassVar[bool] = False
+    """Whether the condition holds the batch's size_and_crop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: config.Model,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+    ) -> None:
+        self.facts = examine(model.model_copy(update={"weights": str(folder), "revision": None}))
+        kinds = (self.facts.pipeline, self.facts.components[self.learns][1])
+        if kinds != (wanted := (self.pipeline.__name__, self.denoiser_class.__name__)):
+            found = f"{folder} holds {' with '.join(kinds)}, the family is for {' with '.join(wanted)}"
+            do = "choose other weights or another model.family"
+            raise UserError(f"the family {self.facts.family}", found, do)
+        self.folder, self.model, self.device = folder, model, torch.device(device)
+        self.scheduler_config = self.facts.scheduler
+        self.denoiser_config = self.facts.denoiser
+        self.latent_channels, self.vae_factor = self.facts.latent_channels, self.facts.vae_factor
+        variant = model.variant if model.vae is None else None
+        self.vae: AutoencoderKL = frozen(
+            AutoencoderKL, self.facts.vae_folder, variant, vae_dtype, self.device
+        )
+        self._null: Condition | None = None
+        self.load_encoders(dtype)
+
+    # What a family must say.
+
+    def load_encoders(self, dtype: torch.dtype) -> None:
+        """Load tokenizers and text encoders from `self.folder`."""
+        raise NotImplementedError
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Prompts -> tensors of B rows, to the bit what the pipeline's encode_prompt gives. No gradients."""
+        raise NotImplementedError
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's answer (B, c, h, w) to x_t (B, c, h, w) at timesteps t (B,), which stay fp32."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Any]:
+        """The pipeline's arguments besides denoiser, VAE and scheduler."""
+        raise NotImplementedError
+
+    def prompt_inputs(self, condition: Condition, null: Condition) -> dict[str, Tensor]:
+        """What the pipeline's call takes in place of prompt and negative prompt."""
+        raise NotImplementedError
+
+    @staticmethod
+    def tiny(folder: Path, seed: int = 0) -> None:
+        """Write the family's random toy twin as a diffusers folder."""
+        raise NotImplementedError
+
+    # Three image states: pixels -> moments -> latents.
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> the VAE's mean and log-variance, (B, 2c, h, w) fp32."""
+        pixels = pixels.to(self.device, self.vae.dtype)
+        return self.vae.encode(pixels).latent_dist.parameters.float()  # (B, 2c, h, w)
+
+    def latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
+        """Moments (B, 2c, h, w) and unit noise (B, c, h, w) -> scaled latents (B, c, h, w) fp32."""
+        return self.scaled(draw(moments.float(), posterior.to(moments.device)))
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """The VAE's latents -> the denoiser's: the inverse of what the pipeline does before it decodes."""
+        return raw * self.vae.config.scaling_factor
+
+    # A batch for the objective.
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
+        """A batch -> latents (B, c, h, w) fp32 and its condition, in which dropped samples have the null one.
+
+        Raises UserError that names the samples whose latents are not finite.
+        """
+        latents = self.latents(self.moments(batch.pixels), batch.draws.posterior)
+        check_finite(latents, batch.ids, str(self.vae.dtype).removeprefix("torch."))
+        return latents, self.condition(batch)
+
+    @torch.no_grad()
+    def condition(self, batch: Batch) -> Condition:
+        """The batch's captions encoded, the null condition in the rows that are dropped."""
+        dropped = batch.dropped.to(self.device)
+        null = self.null_condition()
+        found = {
+            name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), null[name], rows)
+            for name, rows in self.encode_prompts(batch.captions).items()
+        }
+        if self.size_and_crop:
+            found["size_and_crop"] = batch.size_and_crop.to(self.device)
+        return found
+
+    def null_condition(self) -> Condition:
+        """What the pipeline uses where there is no negative prompt, B = 1. Made once."""
+        if self._null is None:
+            self._null = self.make_null()
+        return self._null
+
+    def make_null(self) -> Condition:
+        """The encoding of the empty prompt, unless the family's pipeline does something else."""
+        return self.encode_prompts([""])
+
+    # The denoiser and the pipeline around it.
+
+    def build_denoiser(self) -> nn.Module:
+        """The denoiser from its config file, holding random numbers of torch's global generator, in fp32."""
+        with quiet():
+            return self.denoiser_class.from_config(self.denoiser_config)  # type: ignore[attr-defined]
+
+    def assemble(self, denoiser: nn.Module) -> DiffusionPipeline:
+        """The family's pipeline around a denoiser; the frozen parts are shared with it, not copied."""
+        with quiet():
+            parts = {self.learns: denoiser, "vae": self.vae, "scheduler": self.scheduler(), **self.parts()}
+            pipeline = self.pipeline(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def scheduler(self) -> SchedulerMixin:
+        """A new scheduler of the folder's class and config."""
+        library, name = self.facts.components["scheduler"]
+        kind = getattr(diffusers, name, None) if library == "diffusers" else None
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+            found = f"its scheduler is {library}.{name}, which this diffusers does not have"
+            raise UserError(
+                f"the pipeline of {self.folder}", found, "name one of diffusers' in model_index.json"
+            )
+        return kind.from_config(self.scheduler_config)  # type: ignore[attr-defined]
+
+
+def draw(moments: Tensor, posterior: Tensor) -> Tensor:
+    """Mean and log-variance (B, 2c, h, w), unit noise (B, c, h, w) -> a sample of that Gaussian."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior  # clamped as diffusers' Gaussian is
+
+
+def check_width(folder: Path, what: str, gives: int, takes: Any) -> None:
+    """Raise UserError unless the denoiser takes conditions as wide as the text encoders give them."""
+    if takes != gives:
+        found = f"the denoiser takes a {what} of width {takes}, the text encoders give {gives}"
+        raise UserError(f"the weights {folder}", found, "use a denoiser and text encoders that belong together")
+
+
+def check_finite(latents: Tensor, ids: Tensor, dtype: str) -> None:
+    """Raise UserError that names the samples with latents that are not finite."""
+    good = torch.isfinite(latents).flatten(1).all(1)  # (B,)
+    if not bool(good.all()):
+        bad = ids[~good.to(ids.device)].tolist()
+        raise UserError(
+            f"latents of the samples {', '.join(map(str, bad))}",
+            f"the VAE, computing in {dtype}, gives numbers that are not finite",
+            'look at these pictures; if they are sound, set model.vae_dtype = "fp32"',
+        )
+
+
+def prepare(net: nn.Module, attention: str | None, checkpointing: bool) -> None:
+    """Choose the denoiser's attention kernel, and whether it recomputes activations in the backward pass.
+
+    Raises UserError for an attention backend that diffusers does not know or cannot use here.
+    """
+    if attention is not None:
+        set_attention(net, attention)
+    if checkpointing:
+        assert isinstance(net, diffusers.ModelMixin), f"{type(net).__name__} is not a diffusers model"
+        net.enable_gradient_checkpointing(recomputed)
+
+
+def recomputed(module: Callable[..., Any], *inputs: Any) -> Any:
+    """A call whose activations are computed again in the backward pass.
+
+    Not re-entrant: the re-entrant kind loses gradients of layers whose input has none, and ZeRO 2 and 3
+    refuse it for a module that is used twice (reference/traps.md, section 0).
+    """
+    return checkpoint(module, *inputs, use_reentrant=False)

@@ -1,0 +1,100 @@
+"""Frozen parts from a folder: safetensors only, nothing of the folder is executed, nothing is said."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from sfumato.errors import UserError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it diffusers and transformers say errors only, and draw no progress bars."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity(logging.ERROR)
+            library.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for library, verbosity, bar in before:
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of a diffusers or transformers class, in eval mode and without gradients.
+
+    Raises UserError when the file is broken, or its weights are not all those that the class and its config
+    ask for: the libraries would fill the gaps with random numbers.
+    """
+    # diffusers warns about the missing accelerate unless told not to want it; transformers has no such key.
+    own = (
+        {"low_cpu_mem_usage": False, "torch_dtype": dtype}
+        if kind.__module__.startswith("diffusers")
+        else {"dtype": dtype}
+    )
+    try:
+        with quiet():
+            model, found = kind.from_pretrained(  # type: ignore[attr-defined]
+                folder,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **own,
+            )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the {kind.__name__} in {folder}", reason, "download or export the folder again"
+        ) from error
+    missing = sorted(str(name) for name in found["missing_keys"])
+    if missing or found["mismatched_keys"]:
+        names = missing or sorted(str(name) for name in found["mismatched_keys"])
+        raise UserError(
+            f"the {kind.__name__} in {folder}",
+            f"its file lacks {len(names)} of the weights that config.json asks for, such as {names[0]}",
+            "use a config.json and weights that belong together",
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """The CLIP tokenizer of a folder; UserError if its files are missing or it names no prompt length."""
+    try:
+        with quiet():
+            words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the tokenizer in {folder}", reason, "download or export the folder again"
+        ) from error
+    if words.model_max_length > 10_000:  # transformers' mark for "not said" is 1e30
+        raise UserError(
+            f"the tokenizer in {folder}",
+            "it does not say how many tokens a prompt has",
+            'write "model_max_length": 77 into its tokenizer_config.json',
+        )
+    return words
+
+
+def module_dtype(net: nn.Module) -> torch.dtype:
+    """The dtype of a module's weights: what its inputs are cast to."""
+    for parameter in net.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    raise AssertionError(f"{type(net).__name__} has no weights")

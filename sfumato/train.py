@@ -1,0 +1,116 @@
+"""The loop: the order of events, and no arithmetic."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from sfumato import methods, models, run
+from sfumato.check import check
+from sfumato.config import Config
+from sfumato.data.batch import Batch
+from sfumato.data.loader import Loader
+from sfumato.engine import checkpoint, ranks
+from sfumato.engine.engine import DTYPES, Engine
+from sfumato.engine.weights import starting
+from sfumato.export import export
+from sfumato.methods import Method
+from sfumato.models.family import Family
+from sfumato.objective import Objective
+from sfumato.report.progress import Progress
+from sfumato.sample import Sampling, draw, write
+
+
+def train(config: Config) -> Path:
+    """One run, from its first line to its last; the same call goes on where a run was stopped.
+
+    Returns the folder of the exported model. All ranks call it together.
+    """
+    place = ranks.start(config.engine.timeout)
+    plan = check(config, place.world, get_accelerator().device_name())
+    saved = run.latest(config, plan.source.fingerprint)
+    if place.first:
+        run.write_records(config, place.world, str(place.device))
+    family = models.load(config.model, place.device, *frozen_dtypes(config))
+    method = methods.build(config, family)
+    objective = Objective(config.objective, family.scheduler_config)
+    weights = starting(method.build, method.weights(), config.seed, config.folder, place)
+    engine = Engine(config, place, method.build, weights)
+    if saved is not None:
+        checkpoint.load(engine, saved)
+    loader = Loader(config, plan.source, family.latent_channels, family.vae_factor, place.rank, place.world)
+    facts = {"config": config.model_dump(mode="json"), "data": plan.source.fingerprint}
+
+    with Progress(config, place, engine.step_count) as progress:
+        for batches in timed(loader.steps_from(engine.step_count), progress, engine, config.steps):
+            while not optimizer_step(engine, family, method, objective, batches):
+                engine.explain_skip(torch.cat([batch.ids for batch in batches]))
+            progress.step(engine)
+            if config.checkpoint.every and engine.step_count % config.checkpoint.every == 0:
+                checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
+            if config.preview.prompts and engine.step_count % config.preview.every == 0:
+                preview(engine, family, config)
+
+    if engine.step_count not in checkpoint.steps_in(config.folder / "checkpoints"):
+        checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
+    if place.first:
+        export(config.folder)
+    place.barrier()
+    return config.folder / "export"
+
+
+def optimizer_step(
+    engine: Engine, family: Family, method: Method, objective: Objective, batches: list[Batch]
+) -> bool:
+    """Forward and backward over one global batch's micro-batches; True if the weights moved."""
+    applied = False
+    for batch in batches:
+        batch = batch.to(engine.ranks.device)
+        latents, condition = family.encode(batch)  # (B, c, h, w) fp32
+
+        def predict(x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor] = condition):  # type: ignore[no-untyped-def]
+            return method.predict(engine, x_t, t, condition)
+
+        engine.backward(objective.losses(predict, latents, batch.draws))
+        applied = engine.step()
+    return applied
+
+
+def timed(
+    steps: Iterator[list[Batch]], progress: Progress, engine: Engine, last: int
+) -> Iterator[list[Batch]]:
+    """The batches of each step up to the last one, telling how long each was waited for."""
+    while engine.step_count < last:
+        start = perf_counter()
+        batches = next(steps)
+        progress.waited(perf_counter() - start)
+        yield batches
+
+
+def frozen_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
+    """Arithmetic of the frozen text encoders and of the frozen VAE, which never runs in fp16."""
+    precision = config.engine.precision
+    vae = config.model.vae_dtype
+    if vae == "auto":
+        vae = "bf16" if precision == "bf16" else "fp32"
+    return DTYPES[precision], DTYPES[vae]
+
+
+def preview(engine: Engine, family: Family, config: Config) -> None:
+    """Draw the preview's prompts with the weights of now, on all ranks together."""
+    wanted = config.preview
+    with engine.drawing() as module:
+        drawings = draw(
+            family.assemble(module),
+            wanted.prompts,
+            [wanted.seed],
+            Sampling(steps=wanted.steps, guidance=wanted.guidance, size=config.data.resolution),
+            family=family,
+            model=f"{config.name}, step {engine.step_count}",
+            rank=engine.ranks.rank,
+            world=engine.ranks.world,
+        )
+    if engine.ranks.first:
+        write(drawings, config.folder / "images" / f"step-{engine.step_count:06d}")

@@ -1,0 +1,117 @@
+"""A small real UNet and a fixed global batch, run through the engine on any number of ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from sfumato.config import Config, parse
+from sfumato.engine import checkpoint, ranks
+from sfumato.engine.engine import Engine
+
+GLOBAL = 8  # samples per optimizer step
+
+
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def start_weights() -> dict[str, Tensor]:
+    """The same fp32 numbers everywhere, with digits that bf16 cannot hold."""
+    torch.manual_seed(0)
+    return {name: p.detach().clone() for name, p in unet().named_parameters()}
+
+
+def read_from(weights: dict[str, Tensor]) -> Callable[[str, int, int], Tensor]:
+    return lambda name, start, length: weights[name].flatten()[start : start + length]
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs (8, 4, 8, 8), timesteps (8,), text (8, 5, 16) and targets of an optimizer step, all different."""
+    draw = torch.Generator().manual_seed(1000 + step)
+    x, target = (torch.randn(GLOBAL, 4, 8, 8, generator=draw) for _ in range(2))
+    return x, torch.arange(GLOBAL) * 100.0, torch.randn(GLOBAL, 5, 16, generator=draw), target
+
+
+def losses_of(net: Any, rows: slice, step: int, dtype: torch.dtype) -> Tensor:
+    x, t, text, target = (part[rows] for part in global_batch(step))
+    return (net(x.to(dtype), t, text.to(dtype)).sample.float() - target).square().mean((1, 2, 3))
+
+
+def config(**changes: Any) -> Config:
+    """A run of plain gradient descent; changes are dotted with double underscores: engine__zero_stage=2."""
+    values: dict[str, Any] = {
+        "steps": 100,
+        "batch_size": GLOBAL,
+        "model": {"weights": "toy"},
+        "data": {"source": "toy"},
+        "optimizer": {"name": "sgd", "lr": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0},
+        "engine": {"precision": "fp32"},
+    }
+    for key, value in changes.items():
+        table, _, leaf = key.rpartition("__")
+        (values.setdefault(table, {}) if table else values)[leaf] = value
+    return parse(values)
+
+
+def make(settings: Config) -> Engine:
+    return Engine(settings, ranks.start(60), unet, read_from(start_weights()))
+
+
+def one_step(engine: Engine, step: int) -> bool:
+    applied = False
+    micro, place = engine.config.micro_batch_size, engine.ranks
+    for m in range(engine.accumulation):
+        first = (m * place.world + place.rank) * micro
+        engine.backward(losses_of(engine, slice(first, first + micro), step, engine.dtype))
+        applied = engine.step()
+    return applied
+
+
+def run(settings: Config, steps: int, save: Path | None = None, resume: Path | None = None) -> dict[str, Any]:
+    """Train; return this rank's slices and what was reported at each step."""
+    engine = make(settings)
+    if resume is not None:
+        checkpoint.load(engine, checkpoint.Saved(resume))
+    told: dict[str, Any] = {"loss": [], "norm": [], "lr": []}
+    while engine.step_count < steps:
+        assert one_step(engine, engine.step_count)
+        told["loss"].append(engine.mean_loss())
+        told["norm"].append(float(engine.grad_norm))
+        told["lr"].append(engine.lr)
+    if save is not None:
+        told["path"] = checkpoint.save(engine, save, {}, keep=2)
+    return told | {"tensors": checkpoint.own_tensors(engine)}
+
+
+def joined(results: list[dict[str, Any]], kind: str = "weight") -> dict[str, Tensor]:
+    """Whole flattened tensors from all ranks' slices."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for result in results:
+        for key, part in result["tensors"].items():
+            of, name, start = key.split("/")
+            if of == kind:
+                parts.setdefault(name, {})[int(start)] = part
+    return {name: torch.cat([slices[start] for start in sorted(slices)]) for name, slices in parts.items()}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Relative L2 distance of two sets of tensors, in float64."""
+    assert a.keys() == b.keys() and a, "other parameters"
+    gap = sum(float((a[n].double().flatten() - b[n].double().flatten()).square().sum()) for n in a)
+    size = sum(float(b[n].double().square().sum()) for n in b)
+    return (gap / size) ** 0.5

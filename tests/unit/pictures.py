@@ -1,0 +1,74 @@
+"""Small real data sets for the data tests."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sfumato.config import Config, Data, parse
+
+
+def picture(number: int, size: tuple[int, int] = (40, 50)) -> Image.Image:
+    """An RGB picture of size (height, width) that differs from every other number's."""
+    values = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    """An image file's bytes."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def text_folder(place: Path, count: int, size: tuple[int, int] = (40, 50)) -> Path:
+    """A folder of png pictures with .txt captions."""
+    place.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        picture(number, size).save(place / f"{number:03}.png")
+        (place / f"{number:03}.txt").write_text(f"picture {number}\n", encoding="utf-8")
+    return place
+
+
+def write_list(place: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A metadata.jsonl."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (place / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+
+def parquet_file(
+    path: Path, cells: Sequence[Any], captions: Sequence[Any], group: int = 3, image_type: Any = None
+) -> Path:
+    """A file as the hub's pokemon-blip-captions has it: image struct<bytes, path>, text; some row groups."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    struct = image_type or pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array(cells, struct), "text": pa.array(captions)})
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def data_of(place: Path | str, **settings: Any) -> Data:
+    """A config's data table."""
+    return Data(source=str(place), **settings)
+
+
+def config_of(
+    place: Path | str, *, seed: int = 3, batch_size: int = 8, micro: int = 2, **data: Any
+) -> Config:
+    """A config for the loader; only what it reads matters."""
+    return parse(
+        {
+            "seed": seed,
+            "steps": 100,
+            "batch_size": batch_size,
+            "micro_batch_size": micro,
+            "model": {"weights": "none"},
+            "data": {"source": str(place), "resolution": 32, "workers": 0} | data,
+        }
+    )

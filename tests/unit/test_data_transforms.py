@@ -1,0 +1,269 @@
+"""A picture's way to the tensor: what a viewer shows, its shapes kept, and numbers that say what was cut."""
+
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from sfumato.data.transforms import covering, prepare, upright_rgb
+from sfumato.errors import UserError
+
+Prepare = Callable[
+    [Image.Image, tuple[int, int], tuple[float, float] | None, bool], tuple[Tensor, tuple[int, ...]]
+]
+
+
+def ramp(height: int, width: int) -> Image.Image:
+    """Red grows with the row and green with the column: a pixel says where it comes from."""
+    rows, columns = np.mgrid[:height, :width]
+    values = [(rows + 0.5) / height * 255, (columns + 0.5) / width * 255, np.zeros((height, width))]
+    return Image.fromarray(np.stack(values, -1).round().astype(np.uint8))
+
+
+# picture (h, w), target (h, w), crop, flip -> the six numbers, worked out by hand
+SIX = [
+    ((300, 500), (256, 256), None, False, (300, 500, 0, 85, 256, 256)),  # to 256 x 427, spare 171
+    ((300, 500), (256, 256), (0.9, 0.25), False, (300, 500, 0, 43, 256, 256)),  # floor(0.25 * 172)
+    ((300, 500), (256, 256), (0.9, 0.25), True, (300, 500, 0, 128, 256, 256)),  # 171 - 43
+    ((500, 300), (256, 256), None, False, (500, 300, 85, 0, 256, 256)),
+    ((500, 300), (256, 256), (0.25, 0.9), False, (500, 300, 43, 0, 256, 256)),
+    ((500, 300), (256, 256), (0.25, 0.9), True, (500, 300, 43, 0, 256, 256)),  # nothing to mirror
+    ((300, 500), (256, 256), (0.0, 0.0), True, (300, 500, 0, 171, 256, 256)),
+    ((300, 500), (256, 256), (0.99, 0.9999), False, (300, 500, 0, 171, 256, 256)),
+    (
+        (300, 500),
+        (128, 512),
+        (0.5, 0.5),
+        False,
+        (300, 500, 90, 0, 128, 512),
+    ),  # to 307 x 512: floor(0.5 * 180)
+    ((64, 64), (64, 64), (0.7, 0.7), False, (64, 64, 0, 0, 64, 64)),
+    ((1, 1), (8, 8), (0.7, 0.7), True, (1, 1, 0, 0, 8, 8)),
+]
+
+
+def check_six(prepare: Prepare) -> None:
+    """T9: the six numbers are those expected, and the pixels are those that the numbers speak of."""
+    for size, target, crop, flip, six in SIX:
+        pixels, found = prepare(ramp(*size), target, crop, flip)
+        assert found == six, f"{size} to {target}, {crop=} {flip=}: {found}, not {six}"
+        assert pixels.shape == (3, *target) and pixels.dtype == torch.float32
+        if min(size) < 64:
+            continue
+        height, width = covering(size, target)
+        left = width - target[1] - six[3] if flip else six[3]
+        rows = (six[2] + np.arange(target[0]) + 0.5) / height * 2 - 1
+        columns = (left + np.arange(target[1]) + 0.5) / width * 2 - 1
+        columns = columns[::-1] if flip else columns
+        inside = slice(2, -2)  # the filter meets the border
+        assert np.abs(pixels[0].mean(1).numpy() - rows)[inside].max() < 0.012, (
+            "rows are not where they are said"
+        )
+        assert np.abs(pixels[1].mean(0).numpy() - columns)[inside].max() < 0.012, "columns are not where said"
+
+
+def test_six() -> None:
+    check_six(prepare)
+
+
+def swapped(
+    image: Image.Image, target: tuple[int, int], crop: object, flip: bool
+) -> tuple[Tensor, tuple[int, ...]]:
+    """(w, h) order."""
+    pixels, six = prepare(image, target, crop, flip)  # type: ignore[arg-type]
+    return pixels, tuple(six[n] for n in (1, 0, 3, 2, 5, 4))
+
+
+def unmirrored(
+    image: Image.Image, target: tuple[int, int], crop: object, flip: bool
+) -> tuple[Tensor, tuple[int, ...]]:
+    """crop_left from before the flip."""
+    pixels, _ = prepare(image, target, crop, flip)  # type: ignore[arg-type]
+    return pixels, prepare(image, target, crop, False)[1]  # type: ignore[arg-type]
+
+
+def resized_as_original(
+    image: Image.Image, target: tuple[int, int], crop: object, flip: bool
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The original size read after the resize."""
+    pixels, six = prepare(image, target, crop, flip)  # type: ignore[arg-type]
+    return pixels, (*covering((image.height, image.width), target), *six[2:])
+
+
+def redrawn(
+    image: Image.Image, target: tuple[int, int], crop: object, flip: bool
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Pixels of another crop than the numbers': a cached latent with a crop drawn anew."""
+    return prepare(image, target, (0.6, 0.6), flip)[0], prepare(image, target, crop, flip)[1]  # type: ignore[arg-type]
+
+
+def squeezed(
+    image: Image.Image, target: tuple[int, int], crop: object, flip: bool
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Resized to the target without regard to the aspect."""
+    six = prepare(image, target, crop, flip)[1]  # type: ignore[arg-type]
+    return prepare(image.resize(target[::-1]), target, None, flip)[0], six
+
+
+@pytest.mark.parametrize("broken", [swapped, unmirrored, resized_as_original, redrawn, squeezed])
+def test_six_catches(broken: Prepare) -> None:
+    with pytest.raises(AssertionError):
+        check_six(broken)
+
+
+def check_circle(prepare: Prepare) -> None:
+    """A circle stays one: its width and height differ by less than a pixel for any shape of picture."""
+    for size in ((300, 500), (500, 300), (233, 701), (911, 240)):
+        image = Image.new("RGB", size[::-1], "black")
+        middle, radius = (size[1] / 2, size[0] / 2), min(size) * 0.45
+        ImageDraw.Draw(image).circle(middle, radius, "white")
+        pixels, _ = prepare(image, (128, 128), None, False)
+        light = (pixels[0].double() + 1) / 2
+        across, down = light.sum(1).max(), light.sum(0).max()
+        assert abs(across - down) < 1, f"{size}: the circle is {across:.1f} wide and {down:.1f} high"
+        assert abs(across - 128 * 0.9) < 2, "the circle has another size"
+
+
+def test_circle() -> None:
+    check_circle(prepare)
+
+
+def test_circle_catches_squeezing() -> None:
+    with pytest.raises(AssertionError, match="wide"):
+        check_circle(squeezed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    st.tuples(st.integers(8, 64), st.integers(8, 64)),
+    st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)) | st.none(),
+    st.booleans(),
+)
+def test_any_shape(
+    size: tuple[int, int], target: tuple[int, int], crop: tuple[float, float] | None, flip: bool
+) -> None:
+    """The window lies inside the resized picture, which covers it and touches it on a side."""
+    pixels, six = prepare(ramp(*size), target, crop, flip)
+    height, width = covering(size, target)
+    assert pixels.shape == (3, *target) and pixels.is_contiguous()
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    assert six[:2] == size and six[4:] == target
+    assert 0 <= six[2] <= height - target[0] and 0 <= six[3] <= width - target[1]
+    assert (height == target[0] and width >= target[1]) or (width == target[1] and height >= target[0])
+
+
+def test_range_and_order_of_channels() -> None:
+    pixels, _ = prepare(Image.new("RGB", (8, 8), (255, 0, 51)), (8, 8), None, False)
+    assert torch.equal(pixels[:, 0, 0], torch.tensor([1.0, -1.0, 51 / 127.5 - 1]))
+
+
+def test_same_as_the_pipelines_own_numbers() -> None:
+    """The order is that of StableDiffusionXLPipeline's own helper: (height, width) three times."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    pipeline = StableDiffusionXLPipeline(None, None, None, None, None, unet, EulerDiscreteScheduler())
+    six = prepare(ramp(300, 500), (256, 256), (0.9, 0.25), True)[1]
+    method = pipeline._get_add_time_ids
+    assert list(inspect.signature(method).parameters)[:3] == [
+        "original_size",
+        "crops_coords_top_left",
+        "target_size",
+    ]
+    ids = method(six[:2], six[2:4], six[4:], torch.float32, text_encoder_projection_dim=16)
+    assert ids.tolist() == [list(map(float, six))]
+
+
+def corner(image: Image.Image) -> tuple[int, ...]:
+    """The first pixel, of an RGB picture."""
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))  # type: ignore[return-value]
+
+
+def test_transparent_is_white() -> None:
+    assert corner(upright_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 0)))) == (255, 255, 255)
+    assert corner(upright_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 255)))) == (10, 20, 30)
+    half = corner(upright_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 128))))
+    assert half == (127, 127, 127)
+    assert corner(upright_rgb(Image.new("LA", (4, 4), (10, 0)))) == (255, 255, 255)
+    assert corner(upright_rgb(Image.new("LA", (4, 4), (10, 255)))) == (10, 10, 10)
+
+
+def test_transparent_palette_and_key_colour_are_white() -> None:
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    assert corner(upright_rgb(palette)) == (200, 100, 50)
+    palette.info["transparency"] = 1
+    assert corner(upright_rgb(palette)) == (255, 255, 255)
+    palette.info["transparency"] = b"\xff\x00"
+    assert corner(upright_rgb(palette)) == (255, 255, 255)
+    keyed = Image.new("RGB", (4, 4), (1, 2, 3))
+    keyed.info["transparency"] = (1, 2, 3)
+    assert corner(upright_rgb(keyed)) == (255, 255, 255)
+
+
+def test_transparent_catches_a_bare_conversion() -> None:
+    """What convert("RGB") does alone: the hidden colour comes out."""
+    assert corner(Image.new("RGBA", (4, 4), (10, 20, 30, 0)).convert("RGB")) == (10, 20, 30)
+
+
+@pytest.mark.parametrize("value", [0, 128, 257, 25700, 65535])
+def test_sixteen_bits_keep_their_grey(value: int) -> None:
+    wide = Image.fromarray(np.full((4, 4), value, np.uint16))
+    assert wide.mode == "I;16"
+    assert corner(upright_rgb(wide)) == (round(value / 257),) * 3
+    assert corner(upright_rgb(Image.fromarray(np.full((4, 4), value, np.int32)))) == (round(value / 257),) * 3
+
+
+def test_sixteen_bits_catches_a_bare_conversion() -> None:
+    assert corner(Image.fromarray(np.full((4, 4), 25700, np.int32)).convert("RGB")) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (4, 4), 77), (77, 77, 77)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("HSV", (4, 4), (0, 255, 255)), (255, 0, 0)),
+        (Image.new("YCbCr", (4, 4), (128, 128, 128)), (128, 128, 128)),
+    ],
+    ids=lambda value: getattr(value, "mode", ""),
+)
+def test_other_modes(image: Image.Image, expected: tuple[int, ...]) -> None:
+    assert corner(upright_rgb(image)) == expected
+
+
+def test_turned_by_exif() -> None:
+    """Orientation 6, as phones write it: the first row is the right side, so the sides change places."""
+    image = ramp(30, 50)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.info["exif"] = exif.tobytes()
+    turned = upright_rgb(image)
+    assert turned.size == (30, 50)
+    _, six = prepare(turned, (16, 16), None, False)
+    assert six == (50, 30, 5, 0, 16, 16)
+    assert turned.getpixel((29, 0)) == image.getpixel((0, 0)), "turned the wrong way"
+
+
+def test_floats_are_refused() -> None:
+    with pytest.raises(UserError, match=r"x\.tif"):
+        upright_rgb(Image.fromarray(np.zeros((4, 4), np.float32)), "x.tif")

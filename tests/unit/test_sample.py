@@ -1,0 +1,380 @@
+"""Pictures from prompts and seeds: the stock pipeline's own, whatever else is drawn and by how many ranks."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+
+from sfumato import config, models, sample
+from sfumato.errors import UserError
+from sfumato.sample import Drawing, Sampling, draw, grid, sample_folder, share, write
+
+QUICK = Sampling(steps=2, guidance=3.0)
+LONG = " ".join(f"a {colour} fox" for colour in ["red", "green", "blue", "white", "black"] * 10)
+Draw = Callable[..., list[Drawing]]
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("tiny") / request.param
+    models.family_class(request.param).tiny(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("tiny") / "sd"
+    models.family_class("sd").tiny(path)
+    return path
+
+
+@pytest.fixture
+def pipeline(sd: Path) -> Iterator[Any]:
+    yield load(sd)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return sample.open_pipeline(folder, "cpu", dtype, 77, None)[0]
+
+
+def pixels(drawing: Drawing) -> np.ndarray:
+    return np.asarray(drawing.image).astype(int)
+
+
+def check_stock(draw: Draw, folder: Path, sampling: Sampling) -> None:
+    """To the bit what diffusers gives a user who passes the same prompt, seed and settings."""
+    stock = DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    stock.set_progress_bar_config(disable=True)
+    found = draw(load(folder), ["a red fox", "two cats"], [5], sampling)
+    for prompt, drawing in zip(["a red fox", "two cats"], found, strict=True):
+        wanted = stock(
+            prompt,
+            negative_prompt=sampling.negative,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            generator=torch.Generator().manual_seed(5),
+        ).images[0]
+        assert np.array_equal(pixels(drawing), np.asarray(wanted)), f"another picture for {prompt!r}"
+
+
+@pytest.mark.parametrize("negative", [None, "rain"])
+def test_pictures_are_those_of_the_stock_pipeline(folder: Path, negative: str | None) -> None:
+    check_stock(draw, folder, replace(QUICK, negative=negative))
+
+
+@pytest.mark.parametrize("change", [{"guidance": 1.0}, {"negative": None}, {"steps": 3}])
+def test_stock_catches_an_ignored_setting(sd: Path, change: dict[str, Any]) -> None:
+    def broken(pipeline: Any, prompts: Any, seeds: Any, sampling: Sampling) -> list[Drawing]:
+        return draw(pipeline, prompts, seeds, replace(sampling, **change))
+
+    with pytest.raises(AssertionError, match="another picture"):
+        check_stock(broken, sd, replace(QUICK, negative="rain"))
+
+
+def check_alone(draw: Draw, pipeline: Any, tolerance: int) -> None:
+    """A picture is the same whatever is drawn before and beside it."""
+    together = draw(pipeline, ["a red fox", "two cats"], [1, 2, 3], QUICK)
+    for drawing in together:
+        alone = draw(pipeline, [drawing.prompt], [drawing.seed], QUICK)[0]
+        difference = abs(pixels(alone) - pixels(drawing)).max()
+        assert difference <= tolerance, f"{drawing.prompt}, {drawing.seed} differs by {difference}"
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_only(pipeline: Any) -> None:
+    check_alone(draw, pipeline, 0)
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipeline: Any) -> None:
+    def batched(pipeline: Any, prompts: Any, seeds: Any, sampling: Sampling) -> list[Drawing]:
+        return draw(pipeline, prompts, seeds, replace(sampling, batch_size=4))
+
+    check_alone(batched, pipeline, 1)
+
+
+def test_alone_catches_one_generator_for_all(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(pipeline: Any, prompts: Any, seeds: Any, sampling: Sampling) -> list[Drawing]:
+        everyones = torch.Generator().manual_seed(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "Generator", lambda device: everyones)
+            patch.setattr(torch.Generator, "manual_seed", lambda self, seed: self, raising=False)
+            return draw(pipeline, prompts, seeds, sampling)
+
+    class Fixed:
+        """A pipeline that draws its noise from the global state."""
+
+        def __init__(self, inner: Any) -> None:
+            self.__dict__["inner"] = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(self.inner, name, value)
+
+        def __call__(self, **options: Any) -> Any:
+            return self.inner(**{**options, "generator": None})
+
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError, match="differs"):
+        check_alone(draw, Fixed(pipeline), 1)
+
+
+def check_shares(share: Callable[[int, int, int], list[int]]) -> None:
+    """Every place is drawn once, and all ranks draw as often, or those that draw more wait for ever."""
+    for number in (0, 1, 2, 5, 8):
+        for world in (1, 2, 3, 8):
+            shares = [share(number, rank, world) for rank in range(world)]
+            assert len({len(places) for places in shares}) == 1, "ranks draw unequally often"
+            real = [place for places in shares for place in places if place < number]
+            assert sorted(real) == list(range(number)), "a place is left out or drawn twice"
+
+
+def test_shares() -> None:
+    check_shares(share)
+
+
+def test_shares_catch_ranks_that_draw_unequally_often() -> None:
+    with pytest.raises(AssertionError, match="unequally"):
+        check_shares(lambda number, rank, world: list(range(number))[rank::world])
+
+
+def test_shares_catch_a_tail_left_out() -> None:
+    with pytest.raises(AssertionError, match="left out"):
+        check_shares(lambda number, rank, world: [rank + turn * world for turn in range(number // world)])
+
+
+def test_drawing_leaves_everything_as_it_was(pipeline: Any) -> None:
+    pipeline.unet.train()
+    pipeline.unet.mid_block.eval()
+    modes = [module.training for module in pipeline.unet.modules()]
+    scheduler, decode = pipeline.scheduler, pipeline.vae.decode
+    state = torch.get_rng_state()
+    seen: list[bool] = []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
+    draw(pipeline, ["a red fox"], [1], replace(QUICK, scheduler="euler"))
+    with pytest.raises(UserError):
+        draw(pipeline, ["a red fox"], [1], replace(QUICK, size=(65, 64)))
+    assert seen and not any(seen), "the denoiser was in training mode"
+    assert [module.training for module in pipeline.unet.modules()] == modes
+    assert pipeline.scheduler is scheduler and scheduler.num_inference_steps is None
+    assert pipeline.vae.decode == decode and pipeline._progress_bar_config == {}
+    assert torch.equal(torch.get_rng_state(), state), "the global random state moved"
+
+
+def check_precisions(draw: Draw, folder: Path) -> None:
+    pipeline = load(folder, torch.bfloat16)
+    pipeline.vae.to(torch.float32)
+    found = draw(pipeline, ["a red fox"], [1], QUICK)[0]
+    wanted = draw(load(folder), ["a red fox"], [1], QUICK)[0]
+    difference = abs(pixels(found) - pixels(wanted))
+    assert difference.mean() < 8, f"bf16 gives another picture, {difference.mean():.1f} levels off"
+
+
+def test_the_vae_keeps_a_precision_of_its_own(folder: Path) -> None:
+    check_precisions(draw, folder)
+
+
+def test_precisions_catch_a_plain_pipeline(sd: Path) -> None:
+    def broken(pipeline: Any, prompts: Any, seeds: Any, sampling: Sampling) -> Any:
+        words = sample.conditions(prompts, None, None)
+        return sample.forward(pipeline, words, seeds, sampling)
+
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        check_precisions(broken, sd)
+
+
+@pytest.mark.parametrize("name", sample.SCHEDULERS)
+def test_schedulers(pipeline: Any, name: str) -> None:
+    own = draw(pipeline, ["a red fox"], [1], replace(QUICK, steps=4))[0]
+    other = draw(pipeline, ["a red fox"], [1], replace(QUICK, steps=4, scheduler=name))[0]
+    assert other.scheduler == sample.SCHEDULERS[name] and own.scheduler == "DDIMScheduler"
+    assert np.array_equal(pixels(own), pixels(other)) == (name == "ddim")
+
+
+def test_another_scheduler_keeps_the_models_schedule() -> None:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    own = DDIMScheduler(
+        **settings,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    for name in sample.SCHEDULERS:
+        found = sample.other_scheduler(own, name)
+        found.set_timesteps(4)
+        assert found.config["prediction_type"] == "v_prediction" and int(found.timesteps[0]) == 999
+        torch.testing.assert_close(found.alphas_cumprod, own.alphas_cumprod, atol=1e-6, rtol=0)
+
+
+def test_ddim_does_not_clip_latents() -> None:
+    assert not sample.other_scheduler(PNDMScheduler(), "ddim").config["clip_sample"]
+    assert sample.other_scheduler(DDIMScheduler(clip_sample=True), "ddim").config["clip_sample"]
+
+
+def test_a_scheduler_of_another_process_is_refused() -> None:
+    with pytest.raises(UserError, match="process"):
+        sample.other_scheduler(FlowMatchEulerDiscreteScheduler(), "ddim")
+    with pytest.raises(UserError, match="choose ddim, euler"):
+        sample.other_scheduler(DDIMScheduler(), "ddpm++")
+
+
+def test_sizes(pipeline: Any) -> None:
+    assert draw(pipeline, ["a red fox"], [1], replace(QUICK, size=32))[0].image.size == (32, 32)
+    assert draw(pipeline, ["a red fox"], [1], replace(QUICK, size=(48, 32)))[0].image.size == (48, 32)
+    assert draw(pipeline, ["a red fox"], [1], QUICK)[0].image.size == (64, 64)
+    with pytest.raises(UserError, match="choose for example 48 x 64"):
+        draw(pipeline, ["a red fox"], [1], replace(QUICK, size=(50, 64)))
+
+
+def test_progress_is_told(pipeline: Any) -> None:
+    told: list[tuple[int, int]] = []
+    draw(pipeline, ["a", "b"], [1, 2, 3], replace(QUICK, batch_size=4), drawn=lambda *at: told.append(at))
+    assert told == [(4, 6), (6, 6)]
+    assert draw(pipeline, [], [1], QUICK) == []
+
+
+def test_a_longer_prompt_window(folder: Path) -> None:
+    long, family = sample.open_pipeline(folder, "cpu", torch.float32, 150, None)
+    assert family is not None and long.text_encoder is family.parts()["text_encoder"]
+    short = load(folder)
+    words = ["a red fox", LONG]
+    plain, whole = draw(short, words, [1], QUICK), draw(long, words, [1], QUICK, family=family)
+    assert not np.array_equal(pixels(plain[1]), pixels(whole[1])), "the prompt's end was not read"
+    other = draw(long, [words[0], LONG.replace("black", "pink")], [1], QUICK, family=family)
+    assert not np.array_equal(pixels(other[1]), pixels(whole[1])), "the prompt's end was not read"
+    unwanted = draw(long, words, [1], replace(QUICK, negative="rain"), family=family)
+    assert not np.array_equal(pixels(unwanted[0]), pixels(whole[0])), "the negative prompt was not read"
+
+
+def test_a_window_of_77_through_the_family_is_the_stock_pipelines(folder: Path) -> None:
+    model = config.Model(weights=str(folder))
+    family = models.load(model, torch.device("cpu"), torch.float32, torch.float32)
+    for sampling in (QUICK, replace(QUICK, negative="rain")):
+        with_family = draw(load(folder), ["a red fox"], [1], sampling, family=family)[0]
+        without = draw(load(folder), ["a red fox"], [1], sampling)[0]
+        assert np.array_equal(pixels(with_family), pixels(without))
+
+
+def test_files_tell_how_they_were_made(pipeline: Any, tmp_path: Path) -> None:
+    sampling = replace(QUICK, negative="rain", scheduler="euler")
+    drawings = draw(pipeline, ["a Red fox, ünïcode ☂", "/../.."], [1, 2], sampling, model="tiny")
+    paths = write(drawings, tmp_path / "out")
+    assert [path.name for path in paths] == [
+        "000-a-red-fox-n-code-seed1.png",
+        "001-a-red-fox-n-code-seed2.png",
+        "002-drawing-seed1.png",
+        "003-drawing-seed2.png",
+    ]
+    with Image.open(paths[1]) as image:
+        found = image.text  # type: ignore[attr-defined]
+        assert np.array_equal(np.asarray(image), np.asarray(drawings[1].image))
+    wanted = {
+        "prompt": "a Red fox, ünïcode ☂",
+        "negative": "rain",
+        "seed": "2",
+        "steps": "2",
+        "guidance": "3.0",
+        "scheduler": "EulerDiscreteScheduler",
+        "model": "tiny",
+    }
+    assert wanted.items() <= found.items()
+    lines = [json.loads(line) for line in (tmp_path / "out/drawings.jsonl").read_text("utf-8").splitlines()]
+    assert [line["file"] for line in lines] == [path.name for path in paths]
+    assert lines[1]["prompt"] == wanted["prompt"] and lines[1]["seed"] == 2
+
+
+def test_sampling_a_folder_and_a_run(sd: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "resolved.json").write_text(json.dumps({"model": {"prompt_window": 150}}))
+    with pytest.raises(UserError, match="no export yet"):
+        sample_folder(run, ["a"], [1], tmp_path / "out", QUICK)
+    (run / "export").symlink_to(sd)
+    assert sample.find_model(run) == (run / "export", 150)
+    folder_s = sample_folder(sd, [LONG], [1, 2], tmp_path / "folder", QUICK)
+    runs = sample_folder(run, [LONG], [1, 2], tmp_path / "run-out", QUICK)
+    assert [path.name for path in folder_s] == [path.name for path in runs]
+    assert folder_s[0].read_bytes() != runs[0].read_bytes(), "the run's prompt window was not used"
+    assert (tmp_path / "folder/grid.png").is_file()
+    assert sample_folder(sd, ["a"], [1], tmp_path / "other", QUICK, rank=1) == []
+    assert not (tmp_path / "other").exists(), "a rank other than the first wrote"
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model_index.json"):
+        sample_folder(tmp_path, ["a"], [1], tmp_path / "out", QUICK)
+    with pytest.raises(UserError, match="no such folder"):
+        sample_folder(tmp_path / "nothing", ["a"], [1], tmp_path / "out", QUICK)
+
+
+def test_pictures_that_are_not_finite_are_told(sd: Path, tmp_path: Path) -> None:
+    broken = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        broken.unet.conv_out.weight.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    assert not draw(broken, ["a"], [1], QUICK)[0].finite
+    with pytest.raises(UserError, match="not finite"):
+        sample_folder(tmp_path / "broken", ["a", "b"], [1], tmp_path / "out", QUICK)
+
+
+COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta"]
+
+
+def check_grid(grid: Callable[..., Image.Image]) -> None:
+    """Pictures stand row by row, none over another, and labels are drawn."""
+    images = [Image.new("RGB", (64, 64), colour) for colour in COLOURS]
+    sheet = grid(images, ["first", "second"], ["one", "two", "three"])
+    boxes = []
+    for image in images:
+        colour = np.array(image.getpixel((0, 0)))
+        y, x = np.nonzero((np.asarray(sheet) == colour).all(-1))
+        boxes.append((x.min(), y.min(), x.max(), y.max()))
+        assert len(x) == (x.max() - x.min() + 1) * (y.max() - y.min() + 1), "a picture is covered"
+    assert boxes == sorted(boxes, key=lambda box: (box[1], box[0])), "pictures out of order"
+    assert len({box[0] for box in boxes}) == 3 and len({box[1] for box in boxes}) == 2
+    grey = np.asarray(sheet.convert("L"))
+    assert (grey[:, : boxes[0][0] - 2] < 100).any(), "no labels at the rows"
+    assert (grey[: boxes[0][1] - 2, boxes[0][0] :] < 100).any(), "no labels at the columns"
+    assert (grey[[0, -1]] == 255).all() and (grey[:, [0, -1]] == 255).all(), "ink at the edge"
+
+
+def test_grid() -> None:
+    check_grid(grid)
+
+
+def test_grid_catches_columns_taken_for_rows() -> None:
+    with pytest.raises(AssertionError, match="order"):
+        check_grid(lambda images, rows, columns: grid([images[i] for i in (0, 3, 1, 4, 2, 5)], rows, columns))
+
+
+def test_grid_catches_missing_labels() -> None:
+    with pytest.raises(AssertionError, match="labels"):
+        check_grid(lambda images, rows, columns: grid(images, [""] * 2, [""] * 3))
+
+
+@pytest.mark.parametrize("label", [LONG, "x" * 500, "", "猫 " * 40, "word"])
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (20, 90)])
+def test_labels_never_touch_pictures_or_edges(label: str, size: tuple[int, int]) -> None:
+    sheet = grid([Image.new("RGB", size, "white")] * 4, [label, "b"], [label, "d"], title=label)
+    grey = np.asarray(sheet.convert("L"))
+    assert (grey[[0, -1]] > 250).all() and (grey[:, [0, -1]] > 250).all(), "ink at the edge"
+    assert sheet.width < 4 * max(size[0], 160) + 100
+
+
+def test_a_grid_of_the_wrong_number_of_pictures() -> None:
+    with pytest.raises(AssertionError, match="fill"):
+        grid([Image.new("RGB", (8, 8))] * 3, ["a", "b"], ["c", "d"])
