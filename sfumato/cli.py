@@ -1,10 +1,10 @@
 """The command line: one short function per verb. torch is imported only by the verbs that compute."""
 
 import argparse
-import dataclasses
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sfumato
@@ -23,8 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         arguments.command = [sys.executable, "-m", "sfumato", *argv]
     arguments.real = argv is None
+    # It says so on stdout, on every rank; the plan and the run's records name the device.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
+    return guarded(lambda: arguments.verb(arguments))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do the work of a command; its exit code, after the user was told what went wrong."""
     try:
-        return int(arguments.verb(arguments) or 0)
+        return work()
     except UserError as error:
         if not launch.report(error):
             print(error, file=sys.stderr)
@@ -73,27 +80,40 @@ def grammar() -> argparse.ArgumentParser:
     ):
         command = verb(function, help)
         command.add_argument("config", help="a TOML file, or a preset's name")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.resolution=768")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings, as data.resolution=768"
+        )
         command.add_argument("--gpus", type=positive, metavar="N", help="start N ranks on this machine")
 
-    command = verb(sample, "draw pictures with an exported model, or any diffusers folder")
-    command.add_argument("model", type=Path, help="the folder")
+    command = verb(sample, "draw pictures with a trained model, or any diffusers folder")
+    command.add_argument("model", help="a run's folder, a diffusers folder or a hub id")
     command.add_argument("prompts", nargs="+", help="one or more prompts")
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
-    command.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one picture a prompt and seed")
+    command.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one picture a prompt and seed"
+    )
     command.add_argument("--steps", type=positive, default=25, help="denoising steps")
     command.add_argument("--guidance", type=float, default=5.0, help="1 is none")
     command.add_argument("--size", type=positive, help="side in pixels; default: what the model was made for")
     command.add_argument("--negative", help="what the pictures should not show")
-    command.add_argument("--scheduler", help="another sampler than the model's own: ddim, euler, dpm++, unipc")
-    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format; default: fits the device")
+    command.add_argument(
+        "--scheduler", help="another sampler than the model's own: ddim, euler, dpm++, unipc"
+    )
+    command.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, else bf16"
+    )
 
     command = verb(export, "write a run's checkpoint as a diffusers folder")
-    command.add_argument("run", type=Path, help="the run's folder, such as runs/NAME")
+    command.add_argument(
+        "run", type=Path, help="the run's folder, such as runs/NAME, or one of its checkpoints"
+    )
     command.add_argument("--to", type=Path, help="the new folder; default: RUN/export")
-    command.add_argument("--step", type=positive, help="the checkpoint's step; default: the newest")
-    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    command.add_argument("--no-ema", action="store_true", help="the weights themselves, not their average")
+    command.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: as the run's config says"
+    )
+    command.add_argument(
+        "--weights", choices=("ema", "live"), help="default: the average, if the run keeps one"
+    )
 
     verb(demo, "train on emoji, draw new ones, and write a page that shows it; needs sfumato[demo]")
 
@@ -158,12 +178,29 @@ def check(arguments: argparse.Namespace) -> int:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Draw every prompt with every seed."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
     from sfumato.sample import Sampling, sample_folder
 
-    named = {field.name for field in dataclasses.fields(Sampling)}
-    sampling = Sampling(**{name: value for name, value in vars(arguments).items() if name in named})
+    device = get_accelerator()
+    default = "fp32" if device.device_name() == "cpu" else "bf16"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype or default]
+    sampling = Sampling(
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        size=arguments.size,
+        negative=arguments.negative,
+        scheduler=arguments.scheduler,
+    )
     for path in sample_folder(
-        arguments.model, arguments.prompts, arguments.seeds, arguments.out, sampling, dtype=arguments.dtype
+        arguments.model,
+        arguments.prompts,
+        arguments.seeds,
+        arguments.out,
+        sampling,
+        device=device.current_device_name(),
+        dtype=dtype,
     ):
         print(path)
     return 0
@@ -173,7 +210,7 @@ def export(arguments: argparse.Namespace) -> int:
     """Write a checkpoint as a diffusers folder."""
     from sfumato.export import export as write
 
-    print(write(arguments.run, arguments.to, arguments.dtype, step=arguments.step, ema=not arguments.no_ema))
+    print(write(arguments.run, arguments.to, arguments.dtype, arguments.weights))
     return 0
 
 

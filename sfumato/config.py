@@ -107,6 +107,7 @@ class MinSNRWeight(Section):
 
     kind: Literal["min_snr"]
     gamma: float = Field(5.0, gt=0)
+    """The SNR above which a timestep counts less."""
 
 
 def named(value: Any) -> Any:
@@ -173,11 +174,15 @@ class Fp16(Section):
     """DeepSpeed's dynamic loss scale; used with precision = "fp16" only."""
 
     initial_scale_power: int = Field(16, ge=0)
+    """The scale starts at 2 to this power."""
     loss_scale: float = Field(0.0, ge=0)
     """A fixed scale; 0 is dynamic."""
     loss_scale_window: int = Field(1000, ge=1)
+    """Good steps after which the scale doubles."""
     hysteresis: int = Field(2, ge=1)
+    """Overflows before the scale halves."""
     min_loss_scale: float = Field(1.0, gt=0)
+    """The scale goes no lower."""
 
 
 class Engine(Section):
@@ -223,12 +228,15 @@ class Preview(Section):
     """Pictures of fixed prompts and seeds, drawn while training."""
 
     prompts: tuple[str, ...] = ()
+    """One picture each; none: no previews."""
     every: int = Field(500, ge=1)
     """Applied steps between two sets of pictures."""
     seed: int = Field(0, ge=0)
+    """Where every picture's noise starts, the same each time."""
     steps: int = Field(25, ge=1)
     """Denoising steps."""
     guidance: float = Field(5.0, ge=0)
+    """Weight of classifier-free guidance; 1 and less is without."""
 
 
 class Log(Section):
@@ -339,7 +347,9 @@ def set_value(values: dict[str, Any], override: str) -> None:
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise UserError(f"the override {override!r}", f'"{table}" holds a value, not a table', "name a setting")
+            raise UserError(
+                f"the override {override!r}", f'"{table}" holds a value, not a table', "name a setting"
+            )
     values[leaf] = value
 
 
@@ -349,7 +359,9 @@ def parse(values: dict[str, Any], where: str = "the config") -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [describe(problem) for problem in error.errors()]
-    raise UserError(where, "\n       ".join(lines), "correct these settings; docs/config.md lists them all") from None
+    raise UserError(
+        where, "\n       ".join(lines), "correct these settings; docs/config.md lists them all"
+    ) from None
 
 
 def describe(problem: Any) -> str:
@@ -358,7 +370,9 @@ def describe(problem: Any) -> str:
     setting = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place[-1], known_keys(place[:-1]), 1, cutoff=0.5)
-        return f"unknown key {setting}" + (f"; did you mean {'.'.join([*place[:-1], near[0]])}?" if near else "")
+        return f"unknown key {setting}" + (
+            f"; did you mean {'.'.join([*place[:-1], near[0]])}?" if near else ""
+        )
     if problem["type"] == "missing":
         return f"{setting} is missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -370,7 +384,11 @@ def known_keys(tables: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Config
     for table in tables:
         field = section.model_fields.get(table)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        if (
+            field is None
+            or not isinstance(field.annotation, type)
+            or not issubclass(field.annotation, BaseModel)
+        ):
             return []
         section = field.annotation
     return list(section.model_fields)

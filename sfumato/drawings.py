@@ -107,7 +107,7 @@ def grid(
     """Pictures of any sizes, row by row, with a label left of each row and above each column.
 
     `side` in pixels is the longer side of the place for each picture: by default that of the largest, but at
-    least 128, so that labels are readable beside small pictures. Labels are in Latin letters, for Pillow's own
+    least 128, so that labels are readable beside small pictures. Labels are in Latin letters: Pillow's own
     font has no others.
     """
     assert len(images) == len(rows) * len(columns), (
@@ -171,8 +171,16 @@ def wrap(text: str, font: Font, width: int, height: int) -> str:
             lines += broken(word, font, width)
     while len(lines) > 1 and extent("\n".join(lines), font)[1] > height:
         lines.pop()
-        lines[-1] = lines[-1].rstrip(" .,…") + "…"
+        lines[-1] = shortened(lines[-1], font, width)
     return "\n".join(lines)
+
+
+def shortened(line: str, font: Font, width: int) -> str:
+    """The line with an ellipsis at its end, within `width` pixels."""
+    line = line.rstrip(" .,…")
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"
 
 
 def latin(text: str) -> str:

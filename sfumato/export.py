@@ -54,5 +54,5 @@ def which(weights: str | None, saved: checkpoint.Saved) -> str:
     """The kind of tensor in the checkpoint that is exported."""
     has_average = "ema" in saved.kinds
     if weights == "ema" and not has_average:
-        raise UserError(f"the average of {saved.path}", "the run keeps none", "set ema.enabled, or export live")
+        raise UserError(f"the average of {saved.path}", "the run keeps none", "export the live weights")
     return "ema" if has_average and weights != "live" else "weight"

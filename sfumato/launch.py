@@ -12,7 +12,6 @@ tells its error through a file (`report`), because only the supervisor knows whi
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import math
@@ -35,11 +34,11 @@ from sfumato import tuning
 from sfumato.errors import UserError
 
 ERROR_FILE = "SFUMATO_ERROR_FILE"
+LIFELINE = "SFUMATO_LIFELINE"
 POLL = 0.05  # seconds between two looks at the ranks
 SETTLE = 1.0  # seconds from a rank's failure to the others' end, in which one may still tell the true cause
 PATIENCE = 300.0  # seconds from the user's signal to SIGKILL: a checkpoint may be being written
 TAIL = 20  # lines of a log that are shown for a rank that died without telling why
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -80,10 +79,15 @@ def run(command: Sequence[str], ranks: int, logs: Path) -> int:
         raise UserError(
             f"the folder {logs}", f"it cannot be made: {error.strerror}", "set another `output`"
         ) from None
-    with tempfile.TemporaryDirectory(prefix="sfumato-") as scratch, signals() as asked, held_port() as port:
+    with (
+        tempfile.TemporaryDirectory(prefix="sfumato-") as scratch,
+        signals() as asked,
+        held_port() as port,
+        pipe() as lifeline,
+    ):
         env = {**os.environ, **tuning.missing(os.environ, ranks)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
-        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), LIFELINE: str(lifeline)}
         started: list[Rank] = []
         try:
             for number in range(ranks):
@@ -116,6 +120,7 @@ def start(command: Sequence[str], number: int, env: Mapping[str, str], log: Path
         stdin=subprocess.DEVNULL,
         stdout=outputs[0][1],
         stderr=outputs[1][1],
+        pass_fds=[int(env[LIFELINE])],
         start_new_session=True,
     )
     if number:
@@ -254,16 +259,29 @@ def held_port() -> Iterator[int]:
         yield int(holder.getsockname()[1])
 
 
+@contextlib.contextmanager
+def pipe() -> Iterator[int]:
+    """The reading end of a pipe whose writing end closes with this block, or with this process."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb"), os.fdopen(writing, "wb"):
+        yield reading
+
+
 def supervised() -> bool:
     """Whether this process is a rank that `run` has started."""
     return ERROR_FILE in os.environ
 
 
 def follow_supervisor() -> None:
-    """In a rank: be ended when the supervisor dies, however it dies."""
+    """In a rank: get a SIGTERM when the supervisor dies, however it dies."""
     faulthandler.enable()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    threading.Thread(target=wait_for_its_end, args=(int(os.environ[LIFELINE]),), daemon=True).start()
+
+
+def wait_for_its_end(lifeline: int) -> None:
+    """Read a pipe that nobody writes to: it ends when its other end is closed, so with the supervisor."""
+    os.read(lifeline, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def report(error: BaseException) -> bool:

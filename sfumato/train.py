@@ -1,11 +1,8 @@
 """The loop: the order of events, and no arithmetic."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from sfumato import methods, models, run
 from sfumato.check import check
@@ -19,6 +16,7 @@ from sfumato.export import export
 from sfumato.methods import Method
 from sfumato.models.family import Family
 from sfumato.objective import Objective
+from sfumato.report.clock import Clock
 from sfumato.report.progress import Progress
 from sfumato.sample import Sampling, draw, write
 
@@ -29,7 +27,7 @@ def train(config: Config) -> Path:
     Returns the folder of the exported model. All ranks call it together.
     """
     place = ranks.start(config.engine.timeout)
-    plan = check(config, place.world, get_accelerator().device_name())
+    plan = check(config, place.world, place.device.type)
     saved = run.latest(config, plan.source.fingerprint)
     if place.first:
         run.write_records(config, place.world, str(place.device))
@@ -43,18 +41,24 @@ def train(config: Config) -> Path:
     loader = Loader(config, plan.source, family.latent_channels, family.vae_factor, place.rank, place.world)
     facts = {"config": config.model_dump(mode="json"), "data": plan.source.fingerprint}
 
-    with Progress(config, place, engine.step_count) as progress:
-        for batches in timed(loader.steps_from(engine.step_count), progress, engine, config.steps):
+    clock = Clock()
+    lines = config.folder / "metrics.jsonl"
+    with Progress(
+        lines, config.steps, config.batch_size, start=engine.step_count, first=place.first
+    ) as progress:
+        for batches in clock.timed(loader.steps_from(engine.step_count)):
+            if engine.step_count == config.steps:
+                break
             while not optimizer_step(engine, family, method, objective, batches):
                 engine.explain_skip(torch.cat([batch.ids for batch in batches]))
-            progress.step(engine)
-            if config.checkpoint.every and engine.step_count % config.checkpoint.every == 0:
-                checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
-            if config.preview.prompts and engine.step_count % config.preview.every == 0:
-                preview(engine, family, config)
+            if due(engine, config.log.every):
+                progress.step(engine.step_count, engine.metrics() | {"data_seconds": clock.take()})
+            with progress.aside():
+                if due(engine, config.checkpoint.every):
+                    checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
+                if config.preview.prompts and due(engine, config.preview.every):
+                    preview(engine, family, config)
 
-    if engine.step_count not in checkpoint.steps_in(config.folder / "checkpoints"):
-        checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
     if place.first:
         export(config.folder)
     place.barrier()
@@ -78,15 +82,9 @@ def optimizer_step(
     return applied
 
 
-def timed(
-    steps: Iterator[list[Batch]], progress: Progress, engine: Engine, last: int
-) -> Iterator[list[Batch]]:
-    """The batches of each step up to the last one, telling how long each was waited for."""
-    while engine.step_count < last:
-        start = perf_counter()
-        batches = next(steps)
-        progress.waited(perf_counter() - start)
-        yield batches
+def due(engine: Engine, every: int) -> bool:
+    """Whether something that happens every so many applied steps, and after the last one, happens now."""
+    return engine.step_count % every == 0 or engine.step_count == engine.config.steps
 
 
 def frozen_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:

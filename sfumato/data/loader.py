@@ -5,9 +5,8 @@ where a run was resumed.
 """
 
 import atexit
-import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from math import ceil
 from typing import Any
 
@@ -25,7 +24,7 @@ from sfumato.data.transforms import prepare, upright_rgb
 from sfumato.errors import UserError
 
 Wanted = tuple[np.ndarray, np.ndarray]  # ids (B,) and visits (B,), both int64
-STUCK = 5.0  # seconds to wait for a killed worker; the kernel may hold one that reads from a dead disk
+MOST_AHEAD = 64  # micro-batches made ahead; each waits as ten open files, of which 1024 are usual
 
 
 class Samples(Dataset["Batch | UserError"]):
@@ -59,7 +58,7 @@ class Samples(Dataset["Batch | UserError"]):
                 [draws.uniform(self.seed, *name, draws.DROPOUT) < self.data.caption_dropout for name in names]
             ),  # (B,)
             size_and_crop=torch.tensor([sample[1] for sample in samples], dtype=torch.float32),  # (B, 6)
-            draws=self.draws(names),
+            draws=self.drawn(names),
         )
 
     def sample(self, number: int, visit: int) -> tuple[Tensor, tuple[int, ...], str]:
@@ -72,7 +71,7 @@ class Samples(Dataset["Batch | UserError"]):
         choice = draws.pick(draws.uniform(self.seed, number, visit, draws.CAPTION), len(record.captions))
         return pixels, six, record.captions[choice]
 
-    def draws(self, names: list[tuple[int, int]]) -> Draws:
+    def drawn(self, names: list[tuple[int, int]]) -> Draws:
         """The random numbers of B visits, each from its own streams."""
 
         def normal(stream: int, shape: tuple[int, ...]) -> Tensor:
@@ -124,24 +123,23 @@ class Loader:
                 yield ids[part], visits[part]
             step += 1
 
-    def steps_from(self, step: int) -> Iterator[list[Batch]]:
+    def steps_from(self, step: int) -> Generator[list[Batch], None, None]:
         """One list of `accumulation` micro-batches per optimizer step, from `step` on, without end.
 
+        The workers begin with the first list and end when the generator is closed or dropped.
         Raises UserError for an unreadable image, and when the workers die or are too slow.
         """
         pinned = torch.accelerator.is_available()
-        others = set(multiprocessing.active_children())
         batches: Any = iter(self.torch_loader(step, pinned))
-        workers = [child for child in multiprocessing.active_children() if child not in others]
 
         def stop() -> None:
-            end(batches, workers)
+            end_workers(batches)
 
         # At exit multiprocessing asks workers to end, which ours ignore, and waits for them.
         atexit.register(stop)
         try:
             while True:
-                yield [self.next_batch(batches, step, pinned) for _ in range(self.accumulation)]
+                yield [self.next_batch(batches, step, micro, pinned) for micro in range(self.accumulation)]
                 step += 1
         finally:
             atexit.unregister(stop)
@@ -155,7 +153,7 @@ class Loader:
             several = {
                 "timeout": self.config.data.worker_timeout,
                 # The whole next step is made while this one is trained on.
-                "prefetch_factor": max(2, ceil(self.accumulation / workers)),
+                "prefetch_factor": max(2, min(ceil(self.accumulation / workers), MOST_AHEAD // workers)),
                 "worker_init_fn": begin_worker,
             }
         return DataLoader(
@@ -169,29 +167,25 @@ class Loader:
             **several,
         )
 
-    def next_batch(self, batches: Iterator[Batch | UserError], step: int, pinned: bool) -> Batch:
+    def next_batch(self, batches: Iterator[Batch | UserError], step: int, micro: int, pinned: bool) -> Batch:
         """The next micro-batch, or the error of the worker that was to make it."""
         try:
             batch = next(batches)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
-            raise self.late(step, str(error)) from error
+            raise self.late(step, micro, str(error)) from error
         if isinstance(batch, UserError):
             raise batch
         # A worker's tensor holds a file descriptor for as long as it lives; a list of many would use them up.
         return batch.map(Tensor.clone) if self.config.data.workers and not pinned else batch
 
-    def late(self, step: int, found: str) -> UserError:
-        """The error for a step whose data does not come."""
+    def late(self, step: int, micro: int, found: str) -> UserError:
+        """The error for a micro-batch that does not come."""
         ids, _ = batch_at(len(self.source), self.config.batch_size, self.config.seed, step)
-        mine = [
-            ids[slice_of(self.rank, self.world, m, self.config.micro_batch_size)]
-            for m in range(self.accumulation)
-        ]
-        names = [self.source.name(int(number)) for number in np.concatenate(mine)[:4]]
+        mine = ids[slice_of(self.rank, self.world, micro, self.config.micro_batch_size)]
         return UserError(
-            f"the data of step {step} on rank {self.rank}, which begins with {', '.join(names)}",
+            f"the data of step {step} on rank {self.rank}: {', '.join(map(self.source.name, mine.tolist()))}",
             found,
             "see whether these files can be read in time and whether memory is short; data.worker_timeout is "
             "the time allowed in seconds, data.workers = 0 loads in the training process",
@@ -217,13 +211,13 @@ def begin_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end(batches: Any, workers: list[Any]) -> None:
-    """End the workers: first as torch does, then those that are stuck."""
-    if workers:
-        # By name: the traceback of an error keeps the iterator alive, and killing before torch has let go
-        # of the workers makes its SIGCHLD handler raise here.
+def end_workers(batches: Any) -> None:
+    """End the workers of torch's iterator, at the latest 5 seconds each after it asked them to.
+
+    By name, for the traceback of an error keeps the iterator alive; killing them before torch has let go of
+    them would make its SIGCHLD handler raise here.
+    """
+    for worker in getattr(batches, "_workers", ()):
+        worker.terminate = worker.kill  # torch's last resort; ours ignore SIGTERM
+    if hasattr(batches, "_shutdown_workers"):
         batches._shutdown_workers()
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-            worker.join(STUCK)

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,13 +66,7 @@ def open_source(data: Data) -> Source:
     place = Path(data.source).expanduser()
     asked = f'data.source = "{data.source}"'
     if place.is_dir():
-        if is_saved(place) or parquet_files(place):
-            from sfumato.data import tables
-
-            return tables.saved(place, data) if is_saved(place) else tables.Parquet(place, data)
-        from sfumato.data.folder import Folder
-
-        return Folder(place, data)
+        return open_folder(place, data)
     if place.exists():
         raise UserError(asked, "it is a file", "name the folder that it lies in")
     if HUB_ID.fullmatch(data.source):
@@ -83,10 +78,35 @@ def open_source(data: Data) -> Source:
     )
 
 
+def open_folder(place: Path, data: Data) -> Source:
+    """The source in a local folder."""
+    if is_saved(place):
+        from sfumato.data import tables
+
+        return tables.saved(place, data)
+    files = files_under(place)
+    if parquet := parquet_among(files):
+        from sfumato.data import tables
+
+        return tables.Parquet(place, parquet, data)
+    from sfumato.data.folder import Folder
+
+    return Folder(place, files, data)
+
+
 def files_under(place: Path) -> list[str]:
-    """Paths of all files below, relative with "/", sorted; hidden ones are left out, links are followed."""
+    """Paths of all files below, relative with "/", sorted; hidden ones are left out, links are followed.
+
+    Raises UserError for a folder that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"the folder {error.filename}", str(error), "allow reading it, or take it away"
+        ) from error
+
     found, seen = [], set()
-    for top, folders, names in os.walk(place, followlinks=True):
+    for top, folders, names in os.walk(place, onerror=refuse, followlinks=True):
         real = os.path.realpath(top)
         if real in seen:
             folders.clear()  # a link to a folder above would go round for ever
@@ -98,9 +118,9 @@ def files_under(place: Path) -> list[str]:
     return sorted(found)
 
 
-def parquet_files(place: Path) -> list[str]:
-    """The parquet files below a folder, relative and sorted; only those of a path "train...", if any."""
-    files = [file for file in files_under(place) if file.endswith(".parquet")]
+def parquet_among(files: list[str]) -> list[str]:
+    """The parquet files among these; only those of a path "train...", if there are such."""
+    files = [file for file in files if file.endswith(".parquet")]
     train = [file for file in files if any(part.startswith("train") for part in PurePosixPath(file).parts)]
     return train or files
 
@@ -118,10 +138,12 @@ def decode(data: bytes | Path, name: str) -> Image.Image:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (
+        Exception
+    ) as error:  # broken files make Pillow raise OSError, SyntaxError, TypeError, struct.error ...
         raise UserError(
             f"the image {name}",
-            f"it cannot be read: {error}",
+            f"it cannot be read: {type(error).__name__}: {error}",
             "mend the file, or take it and its caption away",
         ) from error
 
@@ -133,7 +155,7 @@ def read_captions(value: Any, name: str, key: str) -> list[str]:
         return []
     if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
         raise UserError(
-            f"the caption of {name}", f'"{key}" holds {value!r}', "give a text or a list of texts"
+            f"the caption of {name}", f'"{key}" holds {reprlib.repr(value)}', "give a text or a list of texts"
         )
     return [text.strip() for text in values]
 

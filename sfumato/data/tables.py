@@ -2,16 +2,18 @@
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from sfumato.config import Data
-from sfumato.data.sources import Source, decode, digest, need_captions, parquet_files, read_captions
+from sfumato.data.sources import Source, decode, digest, need_captions, read_captions
 from sfumato.errors import UserError
 
 ROOM = 512 * 2**20  # bytes of row groups that a process keeps
@@ -49,16 +51,19 @@ class Parquet(Source):
     is read faster from a folder saved by `datasets`.
     """
 
-    def __init__(self, place: Path, data: Data) -> None:
-        """Raises UserError for an unreadable file, a missing column, no rows, or a row without caption."""
-        self.place, self.files, self.column = place, parquet_files(place), data.image_column
+    def __init__(self, place: Path, files: list[str], data: Data) -> None:
+        """Raises UserError for an unreadable file, a missing column, no rows, or a row without caption.
+
+        files are relative to place.
+        """
+        self.place, self.column = place, data.image_column
         self.texts: list[list[str]] = []
-        self.groups: list[tuple[str, int]] = []  # (file, row group in it)
+        self.groups: list[tuple[str, int, int]] = []  # file, row group in it, number of the file's first row
         rows = []
-        for file in self.files:
+        for file in files:
             opened = self.open(file)
             need_columns(opened.schema_arrow.names, data)
-            self.groups += [(file, group) for group in range(opened.num_row_groups)]
+            self.groups += [(file, group, len(self.texts)) for group in range(opened.num_row_groups)]
             rows += [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             cells = opened.read(columns=[data.caption_column]).column(0).to_pylist()
             self.texts += [
@@ -73,8 +78,8 @@ class Parquet(Source):
         need_captions(
             [self.name(n) for n, texts in enumerate(self.texts) if not texts], len(self.texts), str(place)
         )
-        sizes = [(file, (place / file).stat().st_size) for file in self.files]
-        self.fingerprint = digest([*sizes, *self.texts])
+        sizes = [(file, (place / file).stat().st_size) for file in files]
+        self.fingerprint = digest([self.column, *sizes, *self.texts])
         self.kept: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,10 +103,8 @@ class Parquet(Source):
         return group, index - (self.ends[group - 1] if group else 0)
 
     def name(self, index: int) -> str:
-        group, _ = self.locate(index)
-        file = self.groups[group][0]
-        first = next(number for number, (other, _) in enumerate(self.groups) if other == file)
-        return f"row {index - (self.ends[first - 1] if first else 0)} of {self.place / file}"
+        file, _, first = self.groups[self.locate(index)[0]]
+        return f"row {index - first} of {self.place / file}"
 
     def captions(self, index: int) -> list[str]:
         return self.texts[index]
@@ -113,9 +116,11 @@ class Parquet(Source):
     def cells(self, group: int) -> pa.ChunkedArray:
         """The image column of a row group."""
         if group not in self.kept:
-            file, number = self.groups[group]
+            file, number, _ = self.groups[group]
             try:
-                self.kept[group] = self.open(file).read_row_group(number, columns=[self.column]).column(0)
+                self.kept[group] = (
+                    self.open(file).read_row_group(number, [self.column], use_threads=False).column(0)
+                )
             except (OSError, pa.ArrowException) as error:
                 where = f"row group {number} of {self.place / file}"
                 raise UserError(where, f"it cannot be read: {error}", "fetch the file anew") from error
@@ -135,6 +140,7 @@ class Table(Source):
         if not len(dataset):
             raise UserError(f'data.source = "{data.source}"', "a data set without a row", "name another")
         self.place, self.asked, self.column = place, data.source, data.image_column
+        dataset = dataset.with_format(None)  # a saved one may turn its cells into arrays
         cells = dataset.select_columns([data.caption_column])[:][data.caption_column]
         self.texts = [
             read_captions(cell, self.name(row), data.caption_column) for row, cell in enumerate(cells)
@@ -146,8 +152,8 @@ class Table(Source):
         if isinstance(pictures.features[data.image_column], datasets.Image):
             # Pillow decodes here, so that every source shows a picture in the same way.
             pictures = pictures.cast_column(data.image_column, datasets.Image(decode=False))
-        self.rows = pictures.with_format(None)
-        self.fingerprint = digest([len(self.texts), *self.texts])
+        self.rows = pictures
+        self.fingerprint = digest([self.column, *sizes(pictures, self.column), *self.texts])
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -160,6 +166,16 @@ class Table(Source):
 
     def image(self, index: int) -> Image.Image:
         return picture(self.rows[index][self.column], self.place, self.name(index))
+
+
+def sizes(pictures: Any, column: str) -> Iterator[int | None]:
+    """The bytes of every picture of a data set, None for one that lies elsewhere; reads no picture."""
+    for rows in pictures.with_format("arrow").iter(1000):
+        cells = rows.column(column).combine_chunks()
+        if pa.types.is_struct(cells.type) and cells.type.get_field_index("bytes") >= 0:
+            cells = pc.struct_field(cells, "bytes")
+        binary = pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type)
+        yield from pc.binary_length(cells).to_pylist() if binary else [None] * len(cells)
 
 
 def the_library(data: Data) -> Any:
@@ -193,10 +209,10 @@ def hub(data: Data) -> Source:
     try:
         dataset = datasets.load_dataset(data.source)
     except (OSError, ValueError, LookupError, RuntimeError, pa.ArrowException) as error:
-        first = str(error).partition("\n")[0]
+        said = " ".join(str(error).split())[:400]
         raise UserError(
             f'data.source = "{data.source}"',
-            f"no such folder, and from the hub: {type(error).__name__}: {first}",
+            f"no such folder, and from the hub: {type(error).__name__}: {said}",
             "correct the folder's name or the hub id; without a network, fetch the data set before",
         ) from error
     return Table(training_split(dataset, data), Path(), data)

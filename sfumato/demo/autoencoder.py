@@ -1,6 +1,7 @@
-"""The demo's autoencoder: a small diffusers AutoencoderKL trained from nothing on Noto and Twemoji drawings.
+"""The demo's autoencoder: a small diffusers AutoencoderKL trained from nothing on Noto and Twemoji.
 
-Pixels (B, 3, 64, 64) in [-1, 1] <-> latents (B, 4, 16, 16).  It never sees OpenMoji, the style the demo tunes to.
+Pixels (B, 3, 64, 64) in [-1, 1] <-> latents (B, 4, 16, 16).  It never sees OpenMoji,
+the style the demo tunes to.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ KL_WEIGHT = 3e-7  # on the KL summed over one image's 1,024 latents: about a twe
 
 
 def new_autoencoder(channels: tuple[int, ...] = (24, 48, 96)) -> AutoencoderKL:
-    """An untrained AutoencoderKL, f4 for three levels; diffusers gives its decoder one block more per level."""
+    """An untrained AutoencoderKL, f4 for three levels; the decoder has one block more per level."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -64,9 +65,16 @@ def random_strokes(count: int, generator: np.random.Generator) -> Tensor:
         for _ in range(int(generator.integers(1, 8))):
             top = 40 if generator.random() < 0.7 else 256
             ink = (*(int(c) for c in generator.integers(0, top, 3)), 255)
-            fill = (*(int(c) for c in generator.integers(0, 256, 3)), 255) if generator.random() < 0.33 else None
+            fill = (
+                (*(int(c) for c in generator.integers(0, 256, 3)), 255) if generator.random() < 0.33 else None
+            )
             ends = [int(v) for v in generator.integers(0, side, 4)]
-            box = [min(ends[0], ends[2]), min(ends[1], ends[3]), max(ends[0], ends[2]) + 8, max(ends[1], ends[3]) + 8]
+            box = [
+                min(ends[0], ends[2]),
+                min(ends[1], ends[3]),
+                max(ends[0], ends[2]) + 8,
+                max(ends[1], ends[3]) + 8,
+            ]
             width, turn = int(generator.integers(4, 11)), int(generator.integers(0, 360))
             match int(generator.integers(0, 4)):
                 case 0:
@@ -82,7 +90,7 @@ def random_strokes(count: int, generator: np.random.Generator) -> Tensor:
 
 
 def augmented(pixels: Tensor, strokes: Tensor, generator: torch.Generator) -> Tensor:
-    """Premultiplied drawings (B, 4, 64, 64) -> shifted, mirrored, stroked, on a background: (B, 3, 64, 64) in [-1, 1]."""
+    """Premultiplied (B, 4, 64, 64) -> shifted, mirrored, stroked, on paper: (B, 3, 64, 64) in [-1, 1]."""
     count, out = len(pixels), []
     shifts = torch.randint(-SHIFT, SHIFT + 1, (count, 2), generator=generator).tolist()
     chance = torch.rand((count, 3), generator=generator)
@@ -183,29 +191,38 @@ def train_autoencoder(
     batch: int = 8,
     peak: float = 8e-4,
     seed: int = 0,
+    steps: int | None = None,
+    start_from: str | Path | None = None,
+    decoder_only: bool = False,
     channels: tuple[int, ...] = (24, 48, 96),
     tell: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """Train for so many minutes of wall clock, write the averaged model to `out`, and give its numbers.
+    """Train, write the averaged model to `out`, and give its numbers.
 
-    The schedule follows the clock, so two runs with one seed see the same pictures but may differ in length.
+    minutes: wall clock that the schedule follows; with `steps` it follows the steps instead, which a busy
+    machine cannot shorten.  start_from: a trained autoencoder to go on from.  decoder_only: leave the latents
+    and the scaling factor as they are, so that a denoiser trained on them stays valid.
     """
     out = Path(out)
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     pixels, weights = base_pictures()
     strokes, shown = random_strokes(1024, np.random.default_rng(seed)), checks()
-    vae = new_autoencoder(channels).train()
+    vae = AutoencoderKL.from_pretrained(start_from, low_cpu_mem_usage=False) if start_from else None
+    vae = (vae or new_autoencoder(channels)).float().train()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not decoder_only)
+    learned = [weight for weight in vae.parameters() if weight.requires_grad]
     average = Average(vae)
-    adam = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    adam = torch.optim.AdamW(learned, lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
     start, step, told = time.monotonic(), 0, 0.0
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+    while (progress := step / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
         adam.param_groups[0]["lr"] = rate(progress, peak)
         rows = torch.multinomial(weights, batch, replacement=True, generator=draw)
         loss = loss_of(vae, augmented(pixels[rows], strokes, draw))
         adam.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         adam.step()
         step += 1
         average.update(vae, step)
@@ -214,18 +231,27 @@ def train_autoencoder(
             numbers = {style: round(psnr(average.copy, images[:64]), 2) for style, images in shown.items()}
             spent = time.monotonic() - start
             average.copy.save_pretrained(out)  # a run that is cut short leaves something usable
-            tell(f"step {step} {spent:.0f} s {spent / step:.3f} s/step loss {float(loss.detach()):.4f} {numbers}")
+            tell(
+                f"step {step} {spent:.0f} s {spent / step:.3f} s/step "
+                f"loss {float(loss.detach()):.4f} {numbers}"
+            )
     seconds = (time.monotonic() - start) / step
-    return finish(average.copy, shown, out) | {"steps": step, "seconds_per_step": seconds}
+    return finish(average.copy, shown, out, rescale=not decoder_only) | {
+        "steps": step,
+        "seconds_per_step": seconds,
+    }
 
 
-def finish(vae: AutoencoderKL, shown: dict[str, Tensor], out: Path) -> dict[str, float]:
-    """Set the scaling factor from the Noto concepts, save the model in half precision, and measure it."""
-    std = latent_std(vae, shown["noto"])
-    vae.register_to_config(scaling_factor=1 / std)
+def finish(vae: AutoencoderKL, shown: dict[str, Tensor], out: Path, rescale: bool) -> dict[str, float]:
+    """Save the model in half precision, scaling factor from the Noto concepts, and measure it."""
+    if rescale:
+        vae.register_to_config(scaling_factor=1 / latent_std(vae, shown["noto"]))
     vae.half().save_pretrained(out)
-    vae.float()  # what is measured below is what was saved: rounded to half precision
+    vae.float()  # keeps the rounding, so that the saved weights are what is measured
     numbers: dict[str, float] = {f"psnr_{style}": psnr(vae, images) for style, images in shown.items()}
-    numbers |= {"scaling_factor": 1 / std, "parameters": sum(p.numel() for p in vae.parameters())}
+    numbers |= {
+        "scaling_factor": vae.config.scaling_factor,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+    }
     (out / "measured.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     return numbers

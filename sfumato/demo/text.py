@@ -1,7 +1,7 @@
 """The demo's text encoder: a small transformers CLIPTextModel whose states say what a thing looks like.
 
-It is trained contrastively (symmetric InfoNCE, as in CLIP) to match an emoji's name with the EfficientNet-Lite0
-features of its Noto and Twemoji drawings; the image side is one linear layer, thrown away afterwards.
+It is trained contrastively (symmetric InfoNCE, as in CLIP) to match an emoji's name with the
+EfficientNet-Lite0 features of its Noto and Twemoji drawings; the image side is one linear layer, thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLDEST = math.log(100.0)  # CLIP's bound on the logarithm of the inverse temper
 
 
 def new_text_encoder(width: int = 64, layers: int = 3, heads: int = 4) -> CLIPTextModel:
-    """An untrained CLIPTextModel; with 49407 as its end id it pools the first END, which SD 1.x's padding repeats."""
+    """An untrained CLIPTextModel; with 49407 as its end id it pools the first END, not the padding."""
     config = CLIPTextConfig(
         vocab_size=SIZE,
         hidden_size=width,
@@ -44,12 +44,15 @@ def new_text_encoder(width: int = 64, layers: int = 3, heads: int = 4) -> CLIPTe
 
 def name_ids(tokenizer: CLIPTokenizer, names: list[str]) -> Tensor:
     """Token ids (N, 77) of every name in every phrase: (len(PHRASES), N, 77)."""
-    rows = [tokenizer([phrase.format(n) for n in names], padding="max_length", max_length=WINDOW) for phrase in PHRASES]
+    rows = [
+        tokenizer([phrase.format(n) for n in names], padding="max_length", max_length=WINDOW)
+        for phrase in PHRASES
+    ]
     return torch.tensor([row.input_ids for row in rows])
 
 
 def picture_features(codes: list[str]) -> Tensor:
-    """Features of the base styles' drawings, (styles, N, 1280), centred and scaled to unit standard deviation."""
+    """Features of the base styles' drawings, (styles, N, 1280), centred, of unit standard deviation."""
     sets = [emoji.drawings(style, codes, RESOLUTION) for style in BASE_STYLES]
     found = torch.stack([measure.features((on_white(premultiplied(one)) + 1) / 2) for one in sets])
     found = found - found.mean((0, 1))
@@ -85,7 +88,7 @@ def found_again(model: CLIPTextModel, head: nn.Module, ids: Tensor, pictures: Te
 
 def train_text_encoder(
     out: str | Path,
-    steps: int = 700,
+    steps: int = 500,
     batch: int = 192,
     peak: float = 2e-3,
     seed: int = 0,
@@ -116,7 +119,10 @@ def train_text_encoder(
         with torch.autocast("cpu", torch.bfloat16):
             states = model(input_ids=ids[phrase, chosen]).last_hidden_state  # (B, 77, d)
         images = head(functional.dropout(seen, 0.1))
-        loss = sum(contrast(text, images, cold) for text in spoken(states.float(), ids[phrase, chosen], draw)) / 2
+        loss = (
+            sum(contrast(text, images, cold) for text in spoken(states.float(), ids[phrase, chosen], draw))
+            / 2
+        )
         adam.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -125,7 +131,9 @@ def train_text_encoder(
             again = found_again(model.eval(), head, ids[0, rows], pictures[0, rows])
             model.train()
             spent = (time.monotonic() - start) / (step + 1)
-            tell(f"step {step + 1} {spent:.3f} s/step loss {float(loss):.3f} concepts found again {again:.3f}")
+            tell(
+                f"step {step + 1} {spent:.3f} s/step loss {float(loss.detach()):.3f} found again {again:.3f}"
+            )
     model.eval().half().save_pretrained(out)
     again = found_again(model.float(), head, ids[0, rows], pictures[0, rows])
     numbers = {"found_again": again, "parameters": sum(p.numel() for p in model.parameters())}

@@ -38,9 +38,9 @@ def accumulation(config: Config, world: int) -> int:
     per_pass = config.micro_batch_size * world
     if config.batch_size % per_pass:
         raise UserError(
-            f"batch_size = {config.batch_size} with micro_batch_size = {config.micro_batch_size} on {world} ranks",
+            f"batch_size = {config.batch_size}, micro_batch_size = {config.micro_batch_size}, {world} ranks",
             f"one pass over all ranks takes {per_pass} samples, which does not divide {config.batch_size}",
-            f"set batch_size to a multiple of {per_pass}, such as {-(-config.batch_size // per_pass) * per_pass}",
+            f"set batch_size to a multiple of {per_pass}, such as {(config.batch_size // per_pass + 1) * per_pass}",
         )
     return config.batch_size // per_pass
 
@@ -79,6 +79,8 @@ def ds_config(config: Config, world: int) -> dict[str, Any]:
             "reduce_scatter": True,
             "overlap_comm": False,
             "round_robin_gradients": False,
+            # DeepSpeed's own linear layer rounds once more in half precision than torch's.
+            "memory_efficient_linear": False,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

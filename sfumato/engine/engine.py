@@ -1,8 +1,8 @@
 """The trained module in DeepSpeed's hands: forward, backward, step, and what may be read from it."""
 
-import logging
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -37,14 +37,13 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, build: Callable[[], nn.Module], read: shards.Read
+        self, config: Config, ranks: Ranks, build: Callable[[], nn.Module], weights: WeightFiles
     ) -> None:
         """Build the module on all ranks together and fill it with weights.
 
         build: makes the module; every trained parameter's shape is final, its numbers are not used.
-        read: gives slices of the fp32 weights, see `shards.Read`.
+        Raises UserError if the weights are not the module's.
         """
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.config, self.ranks = config, ranks
         self.accumulation = accumulation(config, ranks.world)
         self.autocast = autocast(config)
@@ -53,15 +52,17 @@ class Engine:
         self.grad_norm: float | Tensor = 0.0
         self._micro = 0
         self._losses: list[Tensor] = []
+        self._applied: list[Tensor] = []
         settings = ds_config(config, ranks.world)
         module = self._build(build, settings)
         trained = [p for p in module.parameters() if p.requires_grad]
         assert trained, "the method's module has no parameter that learns"
         base = optimizer.build(config, trained, ranks.device)
         # DeepSpeed takes parameters and optimizer together; without the list it would pass frozen ones too.
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=base, model_parameters=trained, config=settings, dist_init_required=False
-        )
+        with redirect_stdout(io.StringIO()):  # some of its optimizers print memory figures
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=base, model_parameters=trained, config=settings
+            )
         weights.check(self.deepspeed.module)
         shards.fill(self.deepspeed, weights)
 
@@ -84,7 +85,7 @@ class Engine:
 
     @contextmanager
     def drawing(self) -> Iterator[nn.Module]:
-        """The module for pictures: no gradients, the run's arithmetic. All ranks must run it equally often."""
+        """The module for pictures: no gradients, the run's arithmetic. All ranks run it equally often."""
         with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.autocast):
             yield self.deepspeed.module
 
@@ -123,9 +124,11 @@ class Engine:
         return self._close(self.deepspeed.was_step_applied())
 
     def _close(self, applied: bool) -> bool:
-        self.step_losses = torch.stack(self._losses).sum() / (self.config.batch_size / self.ranks.world)
+        self.step_loss = torch.stack(self._losses).sum() / (self.config.batch_size / self.ranks.world)
         self._losses = []
-        self.step_count += applied
+        if applied:
+            self.step_count += 1
+            self._applied.append(self.step_loss)
         return applied
 
     def _set_rates(self) -> None:
@@ -159,12 +162,18 @@ class Engine:
                 return
         raise UserError(
             f"optimizer step {self.step_count} on the samples {samples}",
-            f"the gradient is not finite (mean loss {float(self.ranks.mean(self.step_losses)):.6g}); "
+            f"the gradient is not finite (mean loss {float(self.ranks.mean(self.step_loss.clone())):.6g}); "
             "nothing was changed",
             "look at these samples; lower optimizer.lr; or set engine.precision to bf16 or fp32. "
             "The last checkpoint is whole",
         )
 
-    def mean_loss(self) -> float:
-        """Mean loss of the last step over the global batch, on all ranks together (waits for the device)."""
-        return float(self.ranks.mean(self.step_losses.clone()))
+    def metrics(self) -> dict[str, float]:
+        """Loss, learning rate and gradient norm for the log, on all ranks together (waits for the device).
+
+        The loss is the mean over every sample of every applied step since the last call; the norm is that of
+        the last step's gradient before clipping.
+        """
+        loss = torch.stack(self._applied).mean()
+        self._applied = []
+        return {"loss": float(self.ranks.mean(loss)), "lr": self.lr, "grad_norm": float(self.grad_norm)}

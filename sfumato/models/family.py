@@ -4,13 +4,15 @@ A family is one file of this folder that ends in `FAMILY = ...`. Shapes: B sampl
 channels of h x w.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +24,7 @@ from sfumato.models.folder import examine
 from sfumato.models.loading import frozen, quiet
 
 Condition = dict[str, Tensor]
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Family:
@@ -67,6 +70,8 @@ class Family:
         )
         self._null: Condition | None = None
         self.load_encoders(dtype)
+        with quiet():
+            self.scheduler()  # a class that cannot be made is told now, not at the first preview
 
     # What a family must say.
 
@@ -153,24 +158,37 @@ class Family:
         with quiet():
             return self.denoiser_class.from_config(self.denoiser_config)  # type: ignore[attr-defined]
 
-    def assemble(self, denoiser: nn.Module) -> DiffusionPipeline:
-        """The family's pipeline around a denoiser; the frozen parts are shared with it, not copied."""
+    def assemble(self, denoiser: nn.Module, process: Mapping[str, Any] = EMPTY) -> DiffusionPipeline:
+        """The family's pipeline around a denoiser; the frozen parts are shared with it, not copied.
+
+        `process`: what training changed of the scheduler's config, such as prediction_type.
+        """
         with quiet():
-            parts = {self.learns: denoiser, "vae": self.vae, "scheduler": self.scheduler(), **self.parts()}
-            pipeline = self.pipeline(**parts)
+            parts = {self.learns: denoiser, "vae": self.vae, "scheduler": self.scheduler(process)}
+            pipeline = self.pipeline(**parts, **self.parts())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def scheduler(self) -> SchedulerMixin:
-        """A new scheduler of the folder's class and config."""
+    def scheduler(self, process: Mapping[str, Any] = EMPTY) -> SchedulerMixin:
+        """A new scheduler of the folder's class and config, changed by `process`.
+
+        A class that does not take a change, as PNDM takes no rescale_betas_zero_snr, would ignore it; then it
+        is DDIM, which takes them all.
+        """
         library, name = self.facts.components["scheduler"]
-        kind = getattr(diffusers, name, None) if library == "diffusers" else None
+        kind: Any = getattr(diffusers, name, None) if library == "diffusers" else None
         if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-            found = f"its scheduler is {library}.{name}, which this diffusers does not have"
+            found = (
+                f"its scheduler is {library}.{name}, which this diffusers lacks or needs another package for"
+            )
             raise UserError(
                 f"the pipeline of {self.folder}", found, "name one of diffusers' in model_index.json"
             )
-        return kind.from_config(self.scheduler_config)  # type: ignore[attr-defined]
+        settings = {**self.scheduler_config, **process}
+        if not process.keys() <= inspect.signature(kind).parameters.keys():
+            # DDIM would clip latents as if they were pixels.
+            kind, settings = DDIMScheduler, {**settings, "clip_sample": False}
+        return kind.from_config(settings)
 
 
 def draw(moments: Tensor, posterior: Tensor) -> Tensor:
@@ -181,9 +199,11 @@ def draw(moments: Tensor, posterior: Tensor) -> Tensor:
 
 def check_width(folder: Path, what: str, gives: int, takes: Any) -> None:
     """Raise UserError unless the denoiser takes conditions as wide as the text encoders give them."""
-    if takes != gives:
+    if any(width != gives for width in (takes if isinstance(takes, list) else [takes])):
         found = f"the denoiser takes a {what} of width {takes}, the text encoders give {gives}"
-        raise UserError(f"the weights {folder}", found, "use a denoiser and text encoders that belong together")
+        raise UserError(
+            f"the weights {folder}", found, "use a denoiser and text encoders that belong together"
+        )
 
 
 def check_finite(latents: Tensor, ids: Tensor, dtype: str) -> None:

@@ -180,9 +180,19 @@ def check_parts(facts: Facts, model: config.Model) -> None:
             )
         if part.startswith("text_encoder"):
             weight_files(facts.folder, part, model.variant)
+        if part.startswith("tokenizer"):
+            check_words(facts.folder / part)
     if not model.from_scratch:
         weight_files(facts.folder, learned(facts.components), model.variant)
     safetensors(facts.vae_folder, STEMS["diffusers"], model.variant if model.vae is None else None)
+
+
+def check_words(tokenizer: Path) -> None:
+    """Raise UserError unless a tokenizer's folder holds its words; transformers would make up three of them."""
+    kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    if not any(all((tokenizer / name).is_file() for name in names) for names in kinds):
+        found = f"neither tokenizer.json nor vocab.json with merges.txt; it holds {listing(tokenizer)}"
+        raise UserError(f"the tokenizer in {tokenizer}", found, "download or export the folder again")
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -57,7 +58,7 @@ def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, de
                 output_loading_info=True,
                 **own,
             )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"the {kind.__name__} in {folder}", reason, "download or export the folder again"

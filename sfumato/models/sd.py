@@ -29,7 +29,7 @@ class StableDiffusion(Family):
         )
 
         width = self.text_encoder.config.hidden_size
-        check_width(self.folder, "context", width, self.denoiser_config["cross_attention_dim"])
+        check_width(self.folder, "context", width, self.denoiser_config.get("cross_attention_dim"))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -35,15 +35,12 @@ class SDXL(Family):
             frozen(kind, self.folder / part, self.model.variant, dtype, self.device)
             for part, kind in kinds.items()
         ]
-
-        widths, takes = [encoder.config for encoder in self.text_encoders], self.denoiser_config
-        context = sum(config.hidden_size for config in widths)
-        check_width(self.folder, "context", context, takes["cross_attention_dim"])
-        sizes = 6 * (takes["addition_time_embed_dim"] or 0)
-        pooled = sizes + widths[1].projection_dim
-        check_width(
-            self.folder, "pooled text with sizes", pooled, takes["projection_class_embeddings_input_dim"]
-        )
+        context = sum(encoder.config.hidden_size for encoder in self.text_encoders)
+        check_width(self.folder, "context", context, self.denoiser_config.get("cross_attention_dim"))
+        sizes = 6 * (self.denoiser_config.get("addition_time_embed_dim") or 0)
+        pooled = sizes + self.text_encoders[1].config.projection_dim
+        takes = self.denoiser_config.get("projection_class_embeddings_input_dim")
+        check_width(self.folder, "pooled text with sizes", pooled, takes)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
@@ -52,9 +49,8 @@ class SDXL(Family):
             text.encode(words, encoder, prompts, count)
             for words, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
         )
-        hidden = torch.cat(
-            [first.hidden_states[-2], second.hidden_states[-2]], -1
-        )  # (B * count, 77, d1 + d2)
+        layers = [answer.hidden_states[-2] for answer in (first, second)]
+        hidden = torch.cat(layers, -1)  # (B * count, 77, d1 + d2)
         pooled = second.text_embeds.unflatten(0, (-1, count))[:, 0]  # (B, p)
         return {"context": text.join(hidden, count), "pooled": pooled}
 

@@ -1,7 +1,7 @@
 """CLIP's vocabulary without a download: the tokenizer folder of SD and SDXL from the merges we ship.
 
-clip_merges.txt.gz holds the 48,894 byte-pair merges that OpenAI's CLIP uses (MIT), in order.  The ids follow from
-them: 256 bytes, the same 256 ending a word, one id for each merge, and the two marks of begin and end.
+clip_merges.txt.gz holds the 48,894 byte-pair merges that OpenAI's CLIP uses (MIT), in order.  The ids follow
+from them: 256 bytes, the same 256 ending a word, one id for each merge, and the two marks of begin and end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def merges() -> list[tuple[str, str]]:
 def vocabulary() -> dict[str, int]:
     """Token -> id, 49,408 of them."""
     single = byte_characters()
-    tokens = single + [f"{one}</w>" for one in single] + [left + right for left, right in merges()] + [BEGIN, END]
+    tokens = (
+        single + [f"{one}</w>" for one in single] + [left + right for left, right in merges()] + [BEGIN, END]
+    )
     assert len(tokens) == len(set(tokens)) == SIZE, f"{len(set(tokens))} tokens instead of {SIZE}"
     return {token: index for index, token in enumerate(tokens)}
 
@@ -46,12 +48,19 @@ def write_tokenizer(folder: str | Path, pad: str = END) -> Path:
     """
     ids = vocabulary()
     if pad not in ids:
-        raise ValueError(f"asked for the padding token {pad!r}, found no such token in CLIP's vocabulary; use {END!r} or '!'")
+        raise ValueError(
+            f"asked for the padding token {pad!r}, found none such in CLIP's vocabulary; use {END!r} or '!'"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges())]
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW, "do_lower_case": True, **special}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": WINDOW,
+        "do_lower_case": True,
+        **special,
+    }
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1), encoding="utf-8")

@@ -1,16 +1,18 @@
 """A small real UNet and a fixed global batch, run through the engine on any number of ranks."""
 
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.config import Config, parse
 from sfumato.engine import checkpoint, ranks
 from sfumato.engine.engine import Engine
+from sfumato.engine.weights import WeightFiles
 
 GLOBAL = 8  # samples per optimizer step
 
@@ -36,8 +38,10 @@ def start_weights() -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in unet().named_parameters()}
 
 
-def read_from(weights: dict[str, Tensor]) -> Callable[[str, int, int], Tensor]:
-    return lambda name, start, length: weights[name].flatten()[start : start + length]
+def start_file() -> WeightFiles:
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(start_weights(), Path(folder) / "start.safetensors")
+        return WeightFiles([Path(folder) / "start.safetensors"])  # it stays open
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,7 +73,7 @@ def config(**changes: Any) -> Config:
 
 
 def make(settings: Config) -> Engine:
-    return Engine(settings, ranks.start(60), unet, read_from(start_weights()))
+    return Engine(settings, ranks.start(60), unet, start_file())
 
 
 def one_step(engine: Engine, step: int) -> bool:
@@ -90,9 +94,10 @@ def run(settings: Config, steps: int, save: Path | None = None, resume: Path | N
     told: dict[str, Any] = {"loss": [], "norm": [], "lr": []}
     while engine.step_count < steps:
         assert one_step(engine, engine.step_count)
-        told["loss"].append(engine.mean_loss())
-        told["norm"].append(float(engine.grad_norm))
-        told["lr"].append(engine.lr)
+        metrics = engine.metrics()
+        told["loss"].append(metrics["loss"])
+        told["norm"].append(metrics["grad_norm"])
+        told["lr"].append(metrics["lr"])
     if save is not None:
         told["path"] = checkpoint.save(engine, save, {}, keep=2)
     return told | {"tensors": checkpoint.own_tensors(engine)}

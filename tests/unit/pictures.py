@@ -1,7 +1,8 @@
-"""Small real data sets for the data tests."""
+"""Small real data sets for the data tests, and what holds for each of them."""
 
 import io
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from sfumato.config import Config, Data, parse
+from sfumato.data.sources import Source, open_source
+from sfumato.errors import UserError
 
 
 def picture(number: int, size: tuple[int, int] = (40, 50)) -> Image.Image:
     """An RGB picture of size (height, width) that differs from every other number's."""
     values = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
     return Image.fromarray(values)
+
+
+def ramp(height: int, width: int) -> Image.Image:
+    """Red grows with the row and green with the column: a pixel says where it comes from."""
+    rows, columns = np.mgrid[:height, :width]
+    values = [(rows + 0.5) / height * 255, (columns + 0.5) / width * 255, np.zeros((height, width))]
+    return Image.fromarray(np.stack(values, -1).round().astype(np.uint8))
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -72,3 +83,38 @@ def config_of(
             "data": {"source": str(place), "resolution": 32, "workers": 0} | data,
         }
     )
+
+
+def struct(number: int) -> dict[str, Any]:
+    """A cell as `datasets` writes it."""
+    return {"bytes": encoded(picture(number)), "path": None}
+
+
+def captions_of(count: int) -> list[str]:
+    return [f"picture {number}" for number in range(count)]
+
+
+def check_samples(source: Source, count: int, captions: list[list[str]] | None = None) -> None:
+    """All pictures come out bit-equal, at their places, with their captions, also after pickling."""
+    captions = captions or [[f"picture {number}"] for number in range(count)]
+    for each in (source, pickle.loads(pickle.dumps(source))):
+        assert len(each) == count
+        for number in (*range(count), 0):
+            record = each[number]
+            assert np.array_equal(np.asarray(record.image), np.asarray(picture(number))), f"picture {number}"
+            assert record.captions == each.captions(number) == captions[number]
+            assert record.name == each.name(number)
+        assert len({each.name(number) for number in range(count)}) == count
+    with pytest.raises(IndexError):
+        source[count]
+    with pytest.raises(IndexError):
+        source[-1]
+
+
+def refused(place: Path | str, *words: str, **settings: Any) -> UserError:
+    """The UserError of opening a source, which must hold these words."""
+    with pytest.raises(UserError) as caught:
+        open_source(data_of(place, **settings))
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    return caught.value

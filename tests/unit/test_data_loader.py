@@ -1,18 +1,12 @@
-"""Batches depend on (data, config, step) alone, and whatever goes wrong in a worker reaches the user in time."""
+"""Batches depend on (data, config, step) alone, and what goes wrong in a worker reaches the user in time."""
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import islice
-from multiprocessing import active_children
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -23,52 +17,10 @@ from sfumato.data import draws
 from sfumato.data.batch import Batch
 from sfumato.data.folder import Folder
 from sfumato.data.loader import Loader
-from sfumato.data.sources import open_source
+from sfumato.data.sources import files_under, open_source
 from sfumato.errors import UserError
-from tests.unit.pictures import config_of, data_of, text_folder
-
-Make = Callable[..., Loader]
-
-
-def make(config: Config, rank: int = 0, world: int = 1) -> Loader:
-    return Loader(config, open_source(config.data), latent_channels=4, vae_factor=8, rank=rank, world=world)
-
-
-def steps(loader: Loader, begin: int, number: int) -> list[list[Batch]]:
-    """Some steps' micro-batches; the workers end with it."""
-    stream = loader.steps_from(begin)
-    try:
-        return list(islice(stream, number))
-    finally:
-        stream.close()  # type: ignore[attr-defined]
-
-
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """A batch's tensors by name."""
-    plain = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    drawn = {name: value for name, value in vars(batch.draws).items() if value is not None}
-    return plain | drawn
-
-
-def samples(batches: list[list[Batch]]) -> dict[tuple[int, int], list[Any]]:
-    """(id, visit) -> everything that a batch says of that sample, as bytes."""
-    found = {}
-    for batch in (batch for step in batches for batch in step):
-        for row, name in enumerate(zip(batch.ids.tolist(), batch.visits.tolist(), strict=True)):
-            assert name not in found, f"sample {name} came twice"
-            rows = [value[row].numpy().tobytes() for value in tensors(batch).values()]
-            found[name] = [*rows, batch.captions[row]]
-    return found
-
-
-def check_equal(one: list[list[Batch]], other: list[list[Batch]]) -> None:
-    """Bit for bit the same steps."""
-    assert [len(step) for step in one] == [len(step) for step in other], "other numbers of micro-batches"
-    for a, b in zip((x for step in one for x in step), (x for step in other for x in step), strict=True):
-        assert a.captions == b.captions, "other captions"
-        assert tensors(a).keys() == tensors(b).keys()
-        for name, value in tensors(a).items():
-            assert torch.equal(value, tensors(b)[name]), f"other {name}"
+from tests.unit.batches import Make, check_equal, ids, make, samples, steps, tensors
+from tests.unit.pictures import config_of, parquet_file, text_folder
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +60,7 @@ def test_perturbation_is_drawn_when_asked_for(place: Path) -> None:
     assert torch.equal(with_it.draws.noise, without.draws.noise), "a new stream changes no other"
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(place: Path, workers: int) -> None:
     settings: dict[str, Any] = {"flip": True, "caption_dropout": 0.3}
@@ -115,6 +68,7 @@ def test_workers_change_nothing(place: Path, workers: int) -> None:
     check_equal(steps(make(config_of(place, workers=workers, **settings)), 3, 5), alone)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_catches_a_worker_that_draws(place: Path) -> None:
     """torch's own generators, which each worker seeds with its number."""
 
@@ -124,7 +78,7 @@ def test_workers_catches_a_worker_that_draws(place: Path) -> None:
 
     def loader(workers: int) -> Loader:
         config = config_of(place, workers=workers)
-        return Loader(config, Broken(place, config.data), 4, 8)
+        return Loader(config, Broken(place, files_under(place), config.data), 4, 8)
 
     with pytest.raises(AssertionError, match="other pixels"):
         check_equal(steps(loader(1), 0, 4), steps(loader(3), 0, 4))
@@ -177,10 +131,6 @@ def test_ranks_catches_one_noise_for_a_batch(place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(draws, "normal", broken)
     with pytest.raises(AssertionError, match="share their noise"):
         check_ranks(make, place)
-
-
-def ids(batches: list[list[Batch]]) -> list[int]:
-    return [number for step in batches for batch in step for number in batch.ids.tolist()]
 
 
 def check_resume(make: Make, place: Path, workers: int) -> None:
@@ -277,139 +227,25 @@ def test_batch_that_ranks_cannot_share(place: Path) -> None:
         make(config_of(place, batch_size=8, micro=2), 0, 3)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_tables_in_workers(place: Path, tmp_path: Path, kind: str) -> None:
+    """Every layout of the same pictures gives the same batches, also from processes that were forked."""
+    cells = [{"bytes": (place / f"{n:03}.png").read_bytes(), "path": None} for n in range(21)]
+    captions = [f"picture {n}" for n in range(21)]
+    if kind == "parquet":
+        parquet_file(tmp_path / "x.parquet", cells, captions)
+    else:
+        datasets.Dataset.from_dict({"image": cells, "text": captions}).save_to_disk(str(tmp_path))
+    loader = make(config_of(tmp_path, workers=2))
+    assert loader.source[0].captions == ["picture 0"]  # the main process has read before it forks
+    check_equal(steps(loader, 0, 6), steps(make(config_of(place)), 0, 6))
+    copy = pickle.loads(pickle.dumps(loader.samples))
+    check_equal([[copy[next(loader.wanted(5))]]], [steps(make(config_of(place)), 5, 1)[0][:1]])
+
+
 def test_global_generators_are_left_alone(place: Path) -> None:
     """The training process's own random state does not depend on the loader."""
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     steps(make(config_of(place, workers=1)), 0, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-# When something goes wrong
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_truncated_picture_is_the_users(tmp_path: Path, workers: int) -> None:
-    text_folder(tmp_path, 6)
-    whole = (tmp_path / "004.png").read_bytes()
-    (tmp_path / "004.png").write_bytes(whole[: len(whole) // 2])
-    stream = make(config_of(tmp_path, workers=workers)).steps_from(0)
-    with pytest.raises(UserError, match=r"the image .*004\.png"):
-        list(islice(stream, 3))
-    assert not active_children()
-
-
-class Odd(Folder):
-    """A source in which one picture is trouble."""
-
-    trouble: Callable[[], None]
-
-    def image(self, index: int) -> Image.Image:
-        if index == 4:
-            self.trouble()
-        return super().image(index)
-
-
-def odd(place: Path, trouble: Callable[[], None], **settings: Any) -> Loader:
-    source = Odd(place, data_of(place))
-    source.trouble = trouble
-    return Loader(config_of(place, **settings), source, 4, 8)
-
-
-def test_hanging_worker_ends_in_an_error(tmp_path: Path) -> None:
-    loader = odd(text_folder(tmp_path, 6), lambda: time.sleep(3600), workers=2, worker_timeout=1.0)
-    begin = time.monotonic()
-    with pytest.raises(UserError) as caught:
-        list(islice(loader.steps_from(0), 3))
-    assert time.monotonic() - begin < 30
-    for word in ("the data of step 0", "004.png", "timed out after 1", "data.worker_timeout"):
-        assert word in str(caught.value)
-    assert not active_children(), "the stuck worker is still there"
-
-
-def test_killed_worker_ends_in_an_error(tmp_path: Path) -> None:
-    """What the kernel does when memory runs out."""
-    loader = odd(text_folder(tmp_path, 6), lambda: os.kill(os.getpid(), signal.SIGKILL), workers=2)
-    with pytest.raises(UserError, match=r"(?s)the data of step 0.*DataLoader worker"):
-        list(islice(loader.steps_from(0), 3))
-    assert not active_children()
-
-
-def test_defect_in_a_worker_keeps_its_traceback(tmp_path: Path) -> None:
-    def defect() -> None:
-        raise KeyError("ours")
-
-    loader = odd(text_folder(tmp_path, 6), defect, workers=1)
-    with pytest.raises(KeyError, match="test_data_loader.py"):
-        list(islice(loader.steps_from(0), 3))
-
-
-def test_workers_outlive_the_signals_of_a_run(tmp_path: Path) -> None:
-    """Slurm and Ctrl-C signal every process of the run; the main process still gets its batches."""
-    caught: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (2, 10, 12, 15)}
-    stream = make(config_of(text_folder(tmp_path, 6), workers=2)).steps_from(0)
-    try:
-        next(stream)
-        workers = active_children()
-        assert len(workers) == 2
-        for worker in workers:
-            for number in (2, 10, 12, 15):
-                os.kill(worker.pid or 0, number)
-        assert len(list(islice(stream, 6))) == 6
-        assert all(worker.is_alive() for worker in workers)
-    finally:
-        stream.close()  # type: ignore[attr-defined]
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert not caught and not active_children()
-
-
-@pytest.mark.parametrize("how", ["falls off the end", "raises", "is ended by SIGTERM", "is killed"])
-def test_nothing_outlives_the_run(tmp_path: Path, how: str) -> None:
-    """A process whose loader is still open ends in seconds, and its workers with it."""
-    text_folder(tmp_path, 6)
-    ending = {"raises": "raise SystemExit(3)"}.get(how, "")
-    if how.startswith("is "):
-        ending = "import time; time.sleep(60)"
-    script = f"""
-        from multiprocessing import active_children
-        from tests.unit.pictures import config_of
-        from tests.unit.test_data_loader import make
-
-        stream = make(config_of({str(tmp_path)!r}, workers=2)).steps_from(0)
-        next(stream)
-        print(*[child.pid for child in active_children()], flush=True)
-        {ending}
-    """
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    ) as process:
-        assert process.stdout is not None
-        workers = [int(word) for word in process.stdout.readline().split()]
-        assert len(workers) == 2
-        if how == "is ended by SIGTERM":
-            process.terminate()
-        elif how == "is killed":
-            process.kill()
-        assert process.wait(20) == {"raises": 3, "is killed": -9, "is ended by SIGTERM": -15}.get(how, 0)
-    end = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < end, "a worker is still there"
-        time.sleep(0.2)
-
-
-def test_many_micro_batches_do_not_use_up_files(place: Path) -> None:
-    """A tensor from a worker holds an open file; a list of 64 micro-batches of 9 would be past the usual 1024."""
-    descriptors = Path("/proc/self/fd")
-    before = len(list(descriptors.iterdir()))
-    stream = make(config_of(place, batch_size=64, micro=1, workers=2)).steps_from(0)
-    held = [next(stream), next(stream)]
-    assert len(held[0]) == 64
-    assert len(list(descriptors.iterdir())) - before < 60
-    stream.close()  # type: ignore[attr-defined]

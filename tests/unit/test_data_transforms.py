@@ -12,19 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sfumato.data.transforms import covering, prepare, upright_rgb
-from sfumato.errors import UserError
+from sfumato.data.transforms import covering, prepare
+from tests.unit.pictures import picture, ramp
 
 Prepare = Callable[
     [Image.Image, tuple[int, int], tuple[float, float] | None, bool], tuple[Tensor, tuple[int, ...]]
 ]
-
-
-def ramp(height: int, width: int) -> Image.Image:
-    """Red grows with the row and green with the column: a pixel says where it comes from."""
-    rows, columns = np.mgrid[:height, :width]
-    values = [(rows + 0.5) / height * 255, (columns + 0.5) / width * 255, np.zeros((height, width))]
-    return Image.fromarray(np.stack(values, -1).round().astype(np.uint8))
 
 
 # picture (h, w), target (h, w), crop, flip -> the six numbers, worked out by hand
@@ -160,6 +153,23 @@ def test_any_shape(
     assert (height == target[0] and width >= target[1]) or (width == target[1] and height >= target[0])
 
 
+@pytest.mark.parametrize("size", [(300, 500), (500, 300), (33, 47), (64, 900), (257, 257)])
+def test_window_is_cut_out_of_the_whole_picture(size: tuple[int, int]) -> None:
+    """The same pixels as resizing everything first: the filter sees what lies beyond the window."""
+    image = picture(0, size)
+    for crop in ((0.0, 0.0), (0.3, 0.6), (0.999, 0.999)):
+        pixels, six = prepare(image, (64, 64), crop, False)
+        height, width = covering(size, (64, 64))
+        whole = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32)
+        part = whole[six[2] : six[2] + 64, six[3] : six[3] + 64].transpose(2, 0, 1)
+        assert np.abs((pixels.numpy() + 1) * 127.5 - part).max() <= 1.001  # one step of rounding
+
+
+def test_a_strip_does_not_fill_the_memory() -> None:
+    pixels, six = prepare(Image.new("RGB", (10000, 1), "red"), (512, 512), (0.5, 0.5), True)
+    assert six[:2] == (1, 10000) and torch.equal(pixels[0], torch.ones(512, 512))
+
+
 def test_range_and_order_of_channels() -> None:
     pixels, _ = prepare(Image.new("RGB", (8, 8), (255, 0, 51)), (8, 8), None, False)
     assert torch.equal(pixels[:, 0, 0], torch.tensor([1.0, -1.0, 51 / 127.5 - 1]))
@@ -189,81 +199,3 @@ def test_same_as_the_pipelines_own_numbers() -> None:
     ]
     ids = method(six[:2], six[2:4], six[4:], torch.float32, text_encoder_projection_dim=16)
     assert ids.tolist() == [list(map(float, six))]
-
-
-def corner(image: Image.Image) -> tuple[int, ...]:
-    """The first pixel, of an RGB picture."""
-    assert image.mode == "RGB"
-    return image.getpixel((0, 0))  # type: ignore[return-value]
-
-
-def test_transparent_is_white() -> None:
-    assert corner(upright_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 0)))) == (255, 255, 255)
-    assert corner(upright_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 255)))) == (10, 20, 30)
-    half = corner(upright_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 128))))
-    assert half == (127, 127, 127)
-    assert corner(upright_rgb(Image.new("LA", (4, 4), (10, 0)))) == (255, 255, 255)
-    assert corner(upright_rgb(Image.new("LA", (4, 4), (10, 255)))) == (10, 10, 10)
-
-
-def test_transparent_palette_and_key_colour_are_white() -> None:
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 200, 100, 50])
-    assert corner(upright_rgb(palette)) == (200, 100, 50)
-    palette.info["transparency"] = 1
-    assert corner(upright_rgb(palette)) == (255, 255, 255)
-    palette.info["transparency"] = b"\xff\x00"
-    assert corner(upright_rgb(palette)) == (255, 255, 255)
-    keyed = Image.new("RGB", (4, 4), (1, 2, 3))
-    keyed.info["transparency"] = (1, 2, 3)
-    assert corner(upright_rgb(keyed)) == (255, 255, 255)
-
-
-def test_transparent_catches_a_bare_conversion() -> None:
-    """What convert("RGB") does alone: the hidden colour comes out."""
-    assert corner(Image.new("RGBA", (4, 4), (10, 20, 30, 0)).convert("RGB")) == (10, 20, 30)
-
-
-@pytest.mark.parametrize("value", [0, 128, 257, 25700, 65535])
-def test_sixteen_bits_keep_their_grey(value: int) -> None:
-    wide = Image.fromarray(np.full((4, 4), value, np.uint16))
-    assert wide.mode == "I;16"
-    assert corner(upright_rgb(wide)) == (round(value / 257),) * 3
-    assert corner(upright_rgb(Image.fromarray(np.full((4, 4), value, np.int32)))) == (round(value / 257),) * 3
-
-
-def test_sixteen_bits_catches_a_bare_conversion() -> None:
-    assert corner(Image.fromarray(np.full((4, 4), 25700, np.int32)).convert("RGB")) == (255, 255, 255)
-
-
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (Image.new("L", (4, 4), 77), (77, 77, 77)),
-        (Image.new("1", (4, 4), 1), (255, 255, 255)),
-        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
-        (Image.new("HSV", (4, 4), (0, 255, 255)), (255, 0, 0)),
-        (Image.new("YCbCr", (4, 4), (128, 128, 128)), (128, 128, 128)),
-    ],
-    ids=lambda value: getattr(value, "mode", ""),
-)
-def test_other_modes(image: Image.Image, expected: tuple[int, ...]) -> None:
-    assert corner(upright_rgb(image)) == expected
-
-
-def test_turned_by_exif() -> None:
-    """Orientation 6, as phones write it: the first row is the right side, so the sides change places."""
-    image = ramp(30, 50)
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.info["exif"] = exif.tobytes()
-    turned = upright_rgb(image)
-    assert turned.size == (30, 50)
-    _, six = prepare(turned, (16, 16), None, False)
-    assert six == (50, 30, 5, 0, 16, 16)
-    assert turned.getpixel((29, 0)) == image.getpixel((0, 0)), "turned the wrong way"
-
-
-def test_floats_are_refused() -> None:
-    with pytest.raises(UserError, match=r"x\.tif"):
-        upright_rgb(Image.fromarray(np.zeros((4, 4), np.float32)), "x.tif")

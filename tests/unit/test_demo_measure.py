@@ -29,7 +29,10 @@ def test_kernel_distance_by_hand(n: int, m: int, shift: float) -> None:
 def test_kernel_distance_has_no_bias() -> None:
     draw = torch.Generator().manual_seed(0)
     values = torch.tensor(
-        [kernel_distance(torch.randn(6, 8, generator=draw), torch.randn(9, 8, generator=draw)) for _ in range(4000)]
+        [
+            kernel_distance(torch.randn(6, 8, generator=draw), torch.randn(9, 8, generator=draw))
+            for _ in range(4000)
+        ]
     )
     assert abs(float(values.mean())) < 4 * float(values.std()) / 4000**0.5
 

@@ -19,7 +19,11 @@ def test_known_ids(tmp_path: Path, pad: str, pad_id: int) -> None:
     assert len(tokenizer) == 49_408
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("A  Photo of a CAT").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49_406, 49_407, pad_id)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        49_406,
+        49_407,
+        pad_id,
+    )
     assert tokenizer.model_max_length == WINDOW
     padded = tokenizer("a cat", padding="max_length", max_length=WINDOW).input_ids
     assert len(padded) == WINDOW

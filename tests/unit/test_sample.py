@@ -1,7 +1,7 @@
 """Pictures from prompts and seeds: the stock pipeline's own, whatever else is drawn and by how many ranks."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sfumato.errors import UserError
 from sfumato.sample import Drawing, Sampling, draw, grid, sample_folder, share, write
 
 QUICK = Sampling(steps=2, guidance=3.0)
-LONG = " ".join(f"a {colour} fox" for colour in ["red", "green", "blue", "white", "black"] * 10)
+START = "a red fox beside a house " * 13  # 78 tokens
 Draw = Callable[..., list[Drawing]]
 
 
@@ -41,13 +41,15 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def pipeline(sd: Path) -> Iterator[Any]:
-    yield load(sd)
+@pytest.fixture(scope="module")
+def pipeline(sd: Path) -> Any:
+    return load(sd)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return sample.open_pipeline(folder, "cpu", dtype, 77, None)[0]
+    pipeline = sample.open_pipeline(folder, "cpu", dtype, 77, None)[0]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def pixels(drawing: Drawing) -> np.ndarray:
@@ -104,32 +106,17 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: Any) -> None:
     check_alone(batched, pipeline, 1)
 
 
-def test_alone_catches_one_generator_for_all(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_catches_one_generator_for_all(pipeline: Any) -> None:
     def broken(pipeline: Any, prompts: Any, seeds: Any, sampling: Sampling) -> list[Drawing]:
-        everyones = torch.Generator().manual_seed(1)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "Generator", lambda device: everyones)
-            patch.setattr(torch.Generator, "manual_seed", lambda self, seed: self, raising=False)
-            return draw(pipeline, prompts, seeds, sampling)
+        everyones = torch.Generator().manual_seed(seeds[0])
+        pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        images = [
+            pipeline(prompt, num_inference_steps=2, generator=everyones).images[0] for prompt, _ in pairs
+        ]
+        return [Drawing(i, *pairs[i], image, sampling, "") for i, image in enumerate(images)]
 
-    class Fixed:
-        """A pipeline that draws its noise from the global state."""
-
-        def __init__(self, inner: Any) -> None:
-            self.__dict__["inner"] = inner
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            setattr(self.inner, name, value)
-
-        def __call__(self, **options: Any) -> Any:
-            return self.inner(**{**options, "generator": None})
-
-    torch.manual_seed(0)
     with pytest.raises(AssertionError, match="differs"):
-        check_alone(draw, Fixed(pipeline), 1)
+        check_alone(broken, pipeline, 1)
 
 
 def check_shares(share: Callable[[int, int, int], list[int]]) -> None:
@@ -156,7 +143,8 @@ def test_shares_catch_a_tail_left_out() -> None:
         check_shares(lambda number, rank, world: [rank + turn * world for turn in range(number // world)])
 
 
-def test_drawing_leaves_everything_as_it_was(pipeline: Any) -> None:
+def test_drawing_leaves_everything_as_it_was(sd: Path) -> None:
+    pipeline = load(sd)
     pipeline.unet.train()
     pipeline.unet.mid_block.eval()
     modes = [module.training for module in pipeline.unet.modules()]
@@ -170,7 +158,7 @@ def test_drawing_leaves_everything_as_it_was(pipeline: Any) -> None:
     assert seen and not any(seen), "the denoiser was in training mode"
     assert [module.training for module in pipeline.unet.modules()] == modes
     assert pipeline.scheduler is scheduler and scheduler.num_inference_steps is None
-    assert pipeline.vae.decode == decode and pipeline._progress_bar_config == {}
+    assert pipeline.vae.decode == decode and pipeline._progress_bar_config == {"disable": True}
     assert torch.equal(torch.get_rng_state(), state), "the global random state moved"
 
 
@@ -247,25 +235,42 @@ def test_progress_is_told(pipeline: Any) -> None:
     assert draw(pipeline, [], [1], QUICK) == []
 
 
+def check_window(draw: Draw, folder: Path) -> None:
+    """A window of 150 reads words that the plain pipeline cuts off, also of the negative prompt."""
+    pipeline, family = sample.open_pipeline(folder, "cpu", torch.float32, 150, None)
+    assert family is not None and pipeline.text_encoder is family.parts()["text_encoder"]
+    seen: set[int] = set()
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, inputs, options: seen.add(options["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    strong = replace(QUICK, guidance=50)
+    end = " a huge grey thunderstorm over the northern sea"
+    short, long = draw(pipeline, [START, START + end], [1], strong, family=family)
+    assert seen == {2 * 77}, "the denoiser did not meet two windows"
+    assert not np.array_equal(pixels(short), pixels(long)), "the prompt's end was not read"
+    unwanted = draw(pipeline, [START], [1], replace(strong, negative=START + end), family=family)[0]
+    assert not np.array_equal(pixels(unwanted), pixels(short)), "the negative prompt was not read"
+
+
 def test_a_longer_prompt_window(folder: Path) -> None:
-    long, family = sample.open_pipeline(folder, "cpu", torch.float32, 150, None)
-    assert family is not None and long.text_encoder is family.parts()["text_encoder"]
-    short = load(folder)
-    words = ["a red fox", LONG]
-    plain, whole = draw(short, words, [1], QUICK), draw(long, words, [1], QUICK, family=family)
-    assert not np.array_equal(pixels(plain[1]), pixels(whole[1])), "the prompt's end was not read"
-    other = draw(long, [words[0], LONG.replace("black", "pink")], [1], QUICK, family=family)
-    assert not np.array_equal(pixels(other[1]), pixels(whole[1])), "the prompt's end was not read"
-    unwanted = draw(long, words, [1], replace(QUICK, negative="rain"), family=family)
-    assert not np.array_equal(pixels(unwanted[0]), pixels(whole[0])), "the negative prompt was not read"
+    check_window(draw, folder)
+
+
+def test_window_catches_prompts_cut_at_77(sd: Path) -> None:
+    def broken(*inputs: Any, family: Any) -> list[Drawing]:
+        return draw(*inputs)
+
+    with pytest.raises(AssertionError, match="two windows"):
+        check_window(broken, sd)
 
 
 def test_a_window_of_77_through_the_family_is_the_stock_pipelines(folder: Path) -> None:
     model = config.Model(weights=str(folder))
     family = models.load(model, torch.device("cpu"), torch.float32, torch.float32)
+    pipeline = load(folder)
     for sampling in (QUICK, replace(QUICK, negative="rain")):
-        with_family = draw(load(folder), ["a red fox"], [1], sampling, family=family)[0]
-        without = draw(load(folder), ["a red fox"], [1], sampling)[0]
+        with_family = draw(pipeline, ["a red fox"], [1], sampling, family=family)[0]
+        without = draw(pipeline, ["a red fox"], [1], sampling)[0]
         assert np.array_equal(pixels(with_family), pixels(without))
 
 
@@ -305,10 +310,12 @@ def test_sampling_a_folder_and_a_run(sd: Path, tmp_path: Path) -> None:
         sample_folder(run, ["a"], [1], tmp_path / "out", QUICK)
     (run / "export").symlink_to(sd)
     assert sample.find_model(run) == (run / "export", 150)
-    folder_s = sample_folder(sd, [LONG], [1, 2], tmp_path / "folder", QUICK)
-    runs = sample_folder(run, [LONG], [1, 2], tmp_path / "run-out", QUICK)
-    assert [path.name for path in folder_s] == [path.name for path in runs]
-    assert folder_s[0].read_bytes() != runs[0].read_bytes(), "the run's prompt window was not used"
+    long = START + "and a storm"
+    of_folder = sample_folder(sd, [long], [1, 2], tmp_path / "folder", replace(QUICK, guidance=50))
+    of_run = sample_folder(run, [long], [1, 2], tmp_path / "run-out", replace(QUICK, guidance=50))
+    assert [path.name for path in of_folder] == [path.name for path in of_run]
+    with Image.open(of_folder[0]) as cut, Image.open(of_run[0]) as whole:
+        assert not np.array_equal(np.asarray(cut), np.asarray(whole)), "the run's window was not used"
     assert (tmp_path / "folder/grid.png").is_file()
     assert sample_folder(sd, ["a"], [1], tmp_path / "other", QUICK, rank=1) == []
     assert not (tmp_path / "other").exists(), "a rank other than the first wrote"
@@ -366,7 +373,7 @@ def test_grid_catches_missing_labels() -> None:
         check_grid(lambda images, rows, columns: grid(images, [""] * 2, [""] * 3))
 
 
-@pytest.mark.parametrize("label", [LONG, "x" * 500, "", "猫 " * 40, "word"])
+@pytest.mark.parametrize("label", [START * 3, "x" * 500, "", "猫 " * 40, "word"])
 @pytest.mark.parametrize("size", [(64, 64), (300, 200), (20, 90)])
 def test_labels_never_touch_pictures_or_edges(label: str, size: tuple[int, int]) -> None:
     sheet = grid([Image.new("RGB", size, "white")] * 4, [label, "b"], [label, "d"], title=label)

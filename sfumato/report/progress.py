@@ -1,0 +1,211 @@
+"""How a run goes: one line on the console that stays in place, and metrics.jsonl for everything else."""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+LINE_SECONDS = 1.0  # between two plain lines
+FRAME_SECONDS = 0.1  # between two pictures of the live line
+RATE_LINES = 20  # the time left is judged by this many of the last intervals
+
+
+class Progress:
+    """Tells the console and metrics.jsonl what the loop measured; silent on all ranks but the first.
+
+    `path` is the run's metrics.jsonl: lines of steps after `start`, left by a run that was killed behind its
+    last checkpoint, are cut off, so that no step is ever told twice. `batch_size` is the number of samples of
+    one step over all ranks. It is called at log steps only, with numbers that are already on the CPU and mean
+    over all ranks and micro-batches; between log steps it does nothing and waits for no device.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        steps: int,
+        batch_size: int,
+        *,
+        start: int = 0,
+        first: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.steps, self.batch_size, self.first, self.clock = steps, batch_size, first, clock
+        self.last_step, self.began = start, clock()
+        self.last_time, self.outside = self.began, 0.0
+        self.intervals: deque[tuple[int, float]] = deque(maxlen=RATE_LINES)
+        self.shown_at = -math.inf
+        self.waiting: str | None = None
+        if not first:
+            return
+        cut_after(path, start)
+        self.file = path.open("a", encoding="utf-8")
+        self.console = console or Console()
+        live = self.console.is_terminal and not self.console.is_dumb_terminal
+        # Refreshed by us alone: a thread of its own would be copied, half alive, into the loader's workers.
+        self.live = Live(console=self.console, auto_refresh=False) if live else None
+        if self.live is not None:
+            self.live.start()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell the metrics of `step`, the number of applied optimizer steps; each is one line of the file.
+
+        Known to the console are loss, lr and grad_norm; others go to the file alone. From "data_seconds", the
+        seconds since the last call in which the loop waited for data, the rate without that wait is found.
+        """
+        if not self.first:
+            return
+        assert step > self.last_step, f"step {step} was told after step {self.last_step}"
+        now = self.clock()
+        seconds = now - self.last_time - self.outside
+        done = step - self.last_step
+        self.intervals.append((done, seconds))
+        kind, memory = memory_in_use()
+        record = {
+            "step": step,
+            "seconds": now - self.began,
+            **metrics,
+            **rates(done * self.batch_size, seconds, metrics.get("data_seconds")),
+            f"{kind}_memory_gib": memory,
+        }
+        self.last_step, self.last_time, self.outside = step, now, 0.0
+        self.file.write(json.dumps({key: finite(value) for key, value in record.items()}) + "\n")
+        self.file.flush()
+        self.show(describe(record, kind, self.steps, self.seconds_left()), now)
+
+    def show(self, line: str, now: float) -> None:
+        """Put a line on the console, unless one was put there a moment ago; the last step's always is."""
+        pause = LINE_SECONDS if self.live is None else FRAME_SECONDS
+        if now - self.shown_at < pause and self.last_step < self.steps:
+            self.waiting = line
+            return
+        self.shown_at, self.waiting = now, None
+        if self.live is None:
+            self.console.print(Text(line), soft_wrap=True)
+            return
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(ratio=1)
+        bar.add_column(justify="right")
+        bar.add_row(ProgressBar(self.steps, self.last_step), f"{self.last_step / self.steps:.0%}")
+        self.live.update(Group(bar, Text(line)), refresh=True)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the one that stays in place."""
+        if self.first:
+            self.console.print(Text(text), soft_wrap=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time within it (a checkpoint, previews) is not counted as training in rates and time left."""
+        begun = self.clock()
+        try:
+            yield
+        finally:
+            self.outside += self.clock() - begun
+
+    def seconds_left(self) -> float:
+        """The time that the remaining steps take at the pace of the last ones."""
+        done, seconds = (sum(column) for column in zip(*self.intervals, strict=True))
+        return (self.steps - self.last_step) * seconds / done
+
+    def close(self) -> None:
+        """Show what was held back and release the console and the file; more than once does no harm."""
+        if not self.first or self.file.closed:
+            return
+        if self.waiting is not None:
+            self.show(self.waiting, math.inf)
+        if self.live is not None:
+            self.live.stop()
+        self.file.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Leave only the lines up to `step` in a metrics file, which is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if (told := step_of(line)) is not None and told <= step]
+    if kept != lines:
+        # Replaced as a whole: a kill between two writes must not lose what was kept.
+        scratch = path.with_name(path.name + ".new")
+        scratch.write_text("".join(kept), encoding="utf-8")
+        os.replace(scratch, path)
+
+
+def step_of(line: str) -> int | None:
+    """The step of a line; None for one that a kill left torn."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def finite(value: float) -> float | None:
+    """The number, or None in place of what JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
+def rates(images: int, seconds: float, data_seconds: float | None) -> dict[str, float]:
+    """Images per second by the wall clock, and if known without the time that the loop waited for data."""
+    found = {"images_per_second": images / seconds if seconds > 0 else math.nan}
+    if data_seconds is not None:
+        busy = seconds - data_seconds
+        found["images_per_second_without_data_wait"] = images / busy if busy > 0 else math.nan
+    return found
+
+
+def memory_in_use() -> tuple[str, float]:
+    """GiB: "device", the most that tensors on it ever took in this process, or on the CPU "process", now."""
+    # Imported late, because DeepSpeed takes seconds and this module also serves where nothing is trained.
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return "device", accelerator.max_memory_allocated() / 2**30
+    import psutil
+
+    return "process", psutil.Process().memory_info().rss / 2**30
+
+
+def describe(record: Mapping[str, float], kind: str, steps: int, seconds_left: float) -> str:
+    """The console's line of a record."""
+    words = [f"step {record['step']}/{steps}"]
+    for key, name, form in (("loss", "loss", ".4g"), ("lr", "lr", ".3g"), ("grad_norm", "grad norm", ".3g")):
+        if key in record:
+            words.append(f"{name} {record[key]:{form}}")
+    rate = f"{record['images_per_second']:.3g} images/s"
+    if "images_per_second_without_data_wait" in record:
+        rate += f" ({record['images_per_second_without_data_wait']:.3g} without data wait)"
+    words += [rate, f"{kind} memory {record[f'{kind}_memory_gib']:.2f} GiB", f"{duration(seconds_left)} left"]
+    return "  ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42s, 3m10s, 2h05m, 1d03h."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    for unit, size, part, small in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // small:02d}{part}"
+    return f"{whole}s"

@@ -1,0 +1,72 @@
+"""A supervisor and its ranks for test_launch.py: `RANKS CASE LOGS`; ranks run `rank CASE`."""
+
+import ctypes
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sfumato import cli, launch
+from sfumato.errors import UserError
+
+
+def barrier() -> None:
+    """Join a real gloo group over the supervisor's port and wait there, for ever if others do not come."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    dist.barrier()
+
+
+def sleep_for_ever() -> None:
+    # A loader worker stands for everything that a rank starts and that must end with it.
+    subprocess.Popen(
+        [sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"]
+    )
+    print("sleeping", flush=True)
+    time.sleep(600)
+
+
+def work(case: str, rank: int) -> int:
+    """What one rank of a case does; every case has rank 1 as the odd one."""
+    if case == "fine":
+        barrier()
+        print(f"rank {rank} OMP {os.environ['OMP_NUM_THREADS']} {os.environ.get('MALLOC_TOP_PAD_')}")
+    elif case == "exit-7" and rank == 1:
+        return 7
+    elif case == "user-error":
+        raise UserError("a thing", "another", "choose")
+    elif case == "defect":
+        barrier()
+        if rank == 1:
+            raise RuntimeError("the wheel came off")
+        barrier()
+    elif case == "killed":
+        barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        barrier()
+    elif case == "segfault" and rank == 1:
+        ctypes.string_at(0)
+    elif case == "saves":
+        signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(0)))
+        sleep_for_ever()
+    elif case == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sleep_for_ever()
+    else:
+        sleep_for_ever()
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "rank":
+        launch.follow_supervisor()
+        sys.exit(cli.guarded(lambda: work(sys.argv[2], int(os.environ["RANK"]))))
+    count, case, logs = sys.argv[1:]
+    command = [sys.executable, __file__, "rank", case]
+    sys.exit(launch.run(command, int(count), Path(logs)))

@@ -1,0 +1,146 @@
+"""The whole way at the shell: a run on two ranks is killed, goes on, ends, and its model draws."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from sfumato.models import family_class
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+name = "whole"
+output = "runs"
+steps = {steps}
+batch_size = 4
+[model]
+weights = "weights"
+[data]
+source = "./images"
+resolution = 64
+[checkpoint]
+every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with toy weights, eight pictures, and a config that is too long for any test to finish."""
+    folder = tmp_path_factory.mktemp("place")
+    family_class("sd").tiny(folder / "weights")
+    (folder / "images").mkdir()
+    for number in range(8):
+        Image.new("RGB", (64, 64), (number * 30, 100, 0)).save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text(f"number {number}")
+    (folder / "run.toml").write_text(CONFIG.format(steps=100_000))
+    return folder
+
+
+STARTED: list[subprocess.Popen[str]] = []
+PATIENCE = 240  # seconds; a busy machine with two cores imports torch in a minute
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """Leave no command behind, whatever a test finds."""
+    yield
+    for process in STARTED:
+        # A launcher ends its ranks at the second signal; killed, it would leave that to them.
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        process.communicate()
+    STARTED.clear()
+
+
+def sfumato(place: Path, *words: str) -> subprocess.Popen[str]:
+    """Start a command as a user would."""
+    STARTED.append(start(place, words))
+    return STARTED[-1]
+
+
+def start(place: Path, words: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sfumato", *words],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def checkpoints(place: Path) -> list[int]:
+    return sorted(int(path.name[-6:]) for path in (place / "runs/whole/checkpoints").glob("step-*"))
+
+
+def wait_for_checkpoint(place: Path, process: subprocess.Popen[str], after: int) -> None:
+    end = time.monotonic() + PATIENCE
+    while not [step for step in checkpoints(place) if step > after]:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"no checkpoint in {PATIENCE} s"
+        time.sleep(0.1)
+
+
+def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks that a launcher has started, in order."""
+    found = [child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+@pytest.mark.timeout(900)
+def test_killed_stopped_resumed_and_drawn(place: Path) -> None:
+    first = sfumato(place, "train", "run.toml", "--gpus", "2")
+    wait_for_checkpoint(place, first, 0)
+    family = psutil.Process(first.pid).children(recursive=True)
+    ranks(first)[1].kill()
+    _, err = first.communicate(timeout=20)
+    assert first.returncode == 128 + signal.SIGKILL
+    assert "rank 1 of 2 was killed by SIGKILL" in err and "Traceback" not in err
+    assert not psutil.wait_procs(family, timeout=5)[1], "a process is left over"
+
+    reached = max(checkpoints(place))
+    second = sfumato(place, "train", "run.toml", "--gpus", "2")
+    wait_for_checkpoint(place, second, reached)
+    second.send_signal(signal.SIGINT)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in err
+
+    # One rank takes over from two.
+    reached = max(checkpoints(place))
+    third = sfumato(place, "train", "run.toml", f"steps={reached + 1}")
+    out, err = third.communicate(timeout=PATIENCE)
+    assert third.returncode == 0, err
+    assert f"step {reached + 1}/{reached + 1}" in out
+
+    drawn = sfumato(
+        place, "sample", "runs/whole", "a red square", "--size", "64", "--steps", "2", "--seeds", "1", "2"
+    )
+    out, err = drawn.communicate(timeout=PATIENCE)
+    assert drawn.returncode == 0, err
+    assert all((place / path).is_file() for path in out.splitlines()) and len(out.splitlines()) == 2
+
+    exported = sfumato(place, "export", "runs/whole", "--to", "again", "--dtype", "bf16")
+    out, err = exported.communicate(timeout=PATIENCE)
+    assert (exported.returncode, out) == (0, "again\n"), err
+
+
+@pytest.mark.timeout(600)
+def test_one_process_ends_with_ctrl_c(place: Path) -> None:
+    process = sfumato(place, "train", "run.toml", "name=alone")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step 1/")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in err, err
+    assert not psutil.wait_procs(family, timeout=10)[1], "a loader worker is left over"

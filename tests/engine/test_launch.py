@@ -1,0 +1,192 @@
+"""Ranks on this machine start, fail and end together: real processes, no mock."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+PROGRAM = Path(__file__).with_name("launch_program.py")
+ROOT = PROGRAM.parents[2]
+
+
+def begin(case: str, logs: Path, ranks: int = 2) -> subprocess.Popen[str]:
+    """The supervisor of a case."""
+    free = {"OMP_NUM_THREADS", "MALLOC_TOP_PAD_", "SFUMATO_TUNED", "RANK", "WORLD_SIZE"}
+    env = {name: value for name, value in os.environ.items() if name not in free}
+    env["PYTHONPATH"] = str(ROOT)
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(ranks), case, str(logs)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; no process of this test is left."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    check_nothing_left()
+    return process.returncode, out, err
+
+
+def ours() -> list[psutil.Process]:
+    """All processes that this test's program has started, wherever they hang in the tree; zombies too."""
+    found = []
+    for process in psutil.process_iter(["pid"]):
+        try:
+            mine = str(PROGRAM) in process.cmdline() or (
+                process.ppid() == os.getpid() and process.status() == psutil.STATUS_ZOMBIE
+            )
+        except psutil.Error:
+            continue
+        found += [process, *process.children(recursive=True)] if mine else []
+    return found
+
+
+def check_nothing_left() -> None:
+    end = time.monotonic() + 5
+    while ours() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not ours(), f"left over: {ours()}"
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    yield
+    for process in ours():
+        process.kill()
+
+
+def sleeping(process: subprocess.Popen[str]) -> None:
+    """Wait until rank 0, whose output is the supervisor's, is at work."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "sleeping\n"
+
+
+def test_all_is_well(tmp_path: Path) -> None:
+    code, out, err = finish(begin("fine", tmp_path))
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (code, err) == (0, "")
+    assert out == f"rank 0 OMP {threads} 268435456\n"
+    assert (tmp_path / "rank-0.log").read_text() == out
+    assert (tmp_path / "rank-1.log").read_text() == out.replace("rank 0", "rank 1")
+
+
+def test_an_exit_code_is_kept_and_the_other_rank_ends(tmp_path: Path) -> None:
+    start = time.monotonic()
+    code, _, err = finish(begin("exit-7", tmp_path))
+    assert code == 7
+    assert "rank 1 of 2 ended with exit code 7" in err
+    assert time.monotonic() - start < 20
+
+
+def test_a_users_mistake_is_shown_once_without_traceback(tmp_path: Path) -> None:
+    code, out, err = finish(begin("user-error", tmp_path))
+    assert code == 2
+    assert err == "asked: a thing\nfound: another\n   do: choose\n"
+    assert out == ""
+    assert "asked: a thing" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_only_the_cause_of_a_crash_is_shown(tmp_path: Path) -> None:
+    """Rank 0 fails too, in the barrier; what it says is an echo."""
+    code, _, err = finish(begin("defect", tmp_path))
+    assert code == 1
+    assert err.count("Traceback") == 1
+    assert err.count("the wheel came off") == 2  # the line of the source and the message
+    assert f"rank 1 of 2 failed; its log is {tmp_path / 'rank-1.log'}" in err
+    assert "the wheel came off" in (tmp_path / "rank-1.log").read_text()
+
+
+def test_a_rank_killed_by_the_system_is_named(tmp_path: Path) -> None:
+    code, _, err = finish(begin("killed", tmp_path))
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 of 2 was killed by SIGKILL" in err
+    assert "Traceback" not in err
+
+
+def test_a_crash_in_native_code_shows_its_stack(tmp_path: Path) -> None:
+    code, _, err = finish(begin("segfault", tmp_path))
+    assert code == 128 + signal.SIGSEGV
+    assert "Segmentation fault" in err and "in work" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
+    process = begin("sleep", tmp_path)
+    sleeping(process)
+    process.send_signal(number)
+    code, _, err = finish(process, 10)
+    assert code == 128 + number
+    assert "Traceback" not in err
+
+
+def test_ranks_may_save_before_they_end(tmp_path: Path) -> None:
+    process = begin("saves", tmp_path)
+    sleeping(process)
+    while "sleeping" not in (tmp_path / "rank-1.log").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, out, _ = finish(process, 10)
+    assert (code, out) == (128 + signal.SIGTERM, "saved\n")
+    assert "saved" in (tmp_path / "rank-1.log").read_text()
+
+
+def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
+    process = begin("deaf", tmp_path)
+    sleeping(process)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    assert finish(process, 10)[0] == 128 + signal.SIGINT
+
+
+def test_ranks_end_with_a_killed_supervisor(tmp_path: Path) -> None:
+    process = begin("saves", tmp_path)
+    sleeping(process)
+    process.kill()
+    process.wait(10)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and any("rank" in rank.cmdline() for rank in ours()):
+        time.sleep(0.1)
+    assert "saved" in (tmp_path / "rank-1.log").read_text()
+
+
+def test_a_closed_pipe_does_not_stop_a_run(tmp_path: Path) -> None:
+    process = begin("saves", tmp_path)
+    sleeping(process)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.send_signal(signal.SIGTERM)
+    process.stderr.read()
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert "saved" in (tmp_path / "rank-0.log").read_text()
+    check_nothing_left()
+
+
+def test_rank_0_writes_to_a_terminal_if_we_have_one(tmp_path: Path) -> None:
+    reading, writing = os.openpty()
+    code = "import sys; print(sys.stdout.isatty(), end='\\n')"
+    program = (
+        "import sys; from pathlib import Path; from sfumato import launch\n"
+        f"sys.exit(launch.run([sys.executable, '-c', {code!r}], 2, Path({str(tmp_path)!r})))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing
+    )
+    os.close(writing)
+    assert process.wait(30) == 0
+    assert os.read(reading, 1000) == b"True\r\n"
+    assert (tmp_path / "rank-0.log").read_text() == "True\n"
+    assert (tmp_path / "rank-1.log").read_text() == "False\n"

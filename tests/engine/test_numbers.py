@@ -1,0 +1,254 @@
+"""What the engine computes, against plain torch: gradients, accumulation, clipping, rates, masters, losses.
+
+Names T1 to T18 are the traps that each test springs; beside it a broken variant shows that it would notice.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.config import parse
+from sfumato.engine import optimizer
+from tests.engine import toys
+from tests.engine.ranks import run_ranks
+
+CELLS = [
+    (stage, precision, micro) for precision in ("fp32", "bf16") for stage in range(4) for micro in (4, 1)
+]
+
+
+def plain_gradient(dtype: torch.dtype, micro: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient of the mean over the global batch and that batch's losses (8,), by torch alone.
+
+    The samples go through in the same portions as in the run, and the portions are summed in float64.
+    """
+    net = toys.unet()
+    net.load_state_dict(toys.start_weights())
+    net = net.to(dtype)
+    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in net.named_parameters()}
+    losses = []
+    for row in range(0, toys.GLOBAL, micro):
+        net.zero_grad()
+        loss = toys.losses_of(net, slice(row, row + micro), 0, dtype)
+        loss.sum().backward()
+        losses.append(loss.detach())
+        for name, p in net.named_parameters():
+            sums[name] += p.grad.double() / toys.GLOBAL
+    return {name: g.flatten() for name, g in sums.items()}, torch.cat(losses)
+
+
+def moved(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """How far the fp32 masters went: with plain descent at rate 1 after one step, the gradient."""
+    weights = toys.joined(results)
+    return {name: start.flatten() - weights[name] for name, start in toys.start_weights().items()}
+
+
+def check_gradient(gradient: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float) -> None:
+    gap = toys.distance(gradient, reference)
+    assert gap <= tolerance, f"the gradient is {gap:.2g} away from plain torch's, more than {tolerance:g}"
+
+
+@pytest.mark.parametrize(("stage", "precision", "micro"), CELLS)
+def test_t17_gradient_loss_and_norm_are_those_of_plain_torch(stage: int, precision: str, micro: int) -> None:
+    """T17, T1, T18: two ranks with different samples, accumulation 1 and 4, at every ZeRO stage."""
+    settings = toys.config(engine__zero_stage=stage, engine__precision=precision, micro_batch_size=micro)
+    results = run_ranks(toys.run, 2, settings, 1)
+    autocast = precision == "bf16" and stage == 0
+    dtype = torch.float32 if precision == "fp32" or autocast else torch.bfloat16
+    reference, losses = plain_gradient(dtype, micro)
+    # Autocast is compared with fp32 arithmetic, so its bound is that of bf16's own rounding.
+    check_gradient(moved(results), reference, 1e-5 if precision == "fp32" else 2e-2 if autocast else 5e-3)
+    tolerance = 1e-6 if precision == "fp32" else 2e-3
+    norm = float(torch.cat(list(reference.values())).norm())
+    for result in results:
+        assert result["loss"][0] == pytest.approx(float(losses.mean()), rel=tolerance)
+        assert result["norm"][0] == pytest.approx(norm, rel=1e-5 if precision == "fp32" else 5e-3)
+
+
+@pytest.mark.parametrize("wrong", ["one rank's half", "divided twice", "last micro-batch"])
+def test_t17_catches(wrong: str) -> None:
+    reference, _ = plain_gradient(torch.float32)
+    net = toys.unet()
+    net.load_state_dict(toys.start_weights())
+    rows = {"one rank's half": slice(0, 4), "divided twice": slice(0, 8), "last micro-batch": slice(6, 8)}[
+        wrong
+    ]
+    loss = toys.losses_of(net, rows, 0, torch.float32).mean() / (2 if wrong == "divided twice" else 1)
+    loss.backward()
+    with pytest.raises(AssertionError, match="away from plain torch"):
+        check_gradient({n: p.grad.flatten() for n, p in net.named_parameters()}, reference, 8e-3)
+
+
+def check_same_curve(one: list[dict[str, Any]], other: list[dict[str, Any]], tolerance: float) -> None:
+    assert toys.distance(toys.joined(one), toys.joined(other)) <= tolerance, "the weights went elsewhere"
+    assert one[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5), "the losses differ"
+
+
+def test_t1_one_curve_for_any_split_and_number_of_ranks() -> None:
+    """(4,1), (2,2), (1,4) micro-batch x accumulation on two ranks, and one rank: the same five steps."""
+
+    def curve(world: int, micro: int) -> list[dict[str, Any]]:
+        return run_ranks(toys.run, world, toys.config(micro_batch_size=micro, optimizer__lr=0.1), 5)
+
+    reference = curve(1, 8)
+    for world, micro in ((2, 4), (2, 2), (2, 1), (1, 2)):
+        check_same_curve(curve(world, micro), reference, 1e-6)
+
+
+def test_t1_catches_a_loss_divided_twice() -> None:
+    def curve(rate: float) -> list[dict[str, Any]]:
+        return run_ranks(toys.run, 1, toys.config(micro_batch_size=8, optimizer__lr=rate), 2)
+
+    with pytest.raises(AssertionError):
+        check_same_curve(curve(0.05), curve(0.1), 1e-6)  # half the gradient is half the rate
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_t14_masters_start_from_the_fp32_weights_and_small_steps_count(stage: int) -> None:
+    settings = toys.config(engine__zero_stage=stage, engine__precision="bf16", micro_batch_size=4)
+    start = toys.joined(run_ranks(toys.run, 2, settings, 0))
+    check_masters(start, 0)
+    small = toys.config(
+        engine__zero_stage=stage, engine__precision="bf16", micro_batch_size=4,
+        optimizer__name="adamw", optimizer__lr=1e-6,
+    )  # fmt: skip
+    after = toys.joined(run_ranks(toys.run, 2, small, 20))
+    still = sum(int((after[n] == start[n]).sum()) for n in start) / sum(t.numel() for t in start.values())
+    assert still < 0.01, f"{still:.1%} of the masters did not move in 20 steps"
+
+
+def check_masters(masters: dict[str, Tensor], bound: float) -> None:
+    gap = max(float((masters[n] - w.flatten()).abs().max()) for n, w in toys.start_weights().items())
+    assert gap <= bound, f"masters are {gap:.2g} away from the weights that were asked for"
+
+
+def test_t14_catches_rounded_masters() -> None:
+    with pytest.raises(AssertionError, match="away from the weights"):
+        check_masters({n: w.bfloat16().float().flatten() for n, w in toys.start_weights().items()}, 0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_t15_clipping_is_by_the_global_norm(stage: int, factor: float) -> None:
+    reference, _ = plain_gradient(torch.float32)
+    norm = float(torch.cat(list(reference.values())).norm())
+    settings = toys.config(
+        engine__zero_stage=stage, micro_batch_size=2, optimizer__max_grad_norm=norm * factor
+    )
+    results = run_ranks(toys.run, 2, settings, 1)
+    check_gradient(moved(results), {n: g * min(1.0, factor) for n, g in reference.items()}, 1e-5)
+    assert results[0]["norm"][0] == pytest.approx(norm, rel=1e-5), "the norm before clipping is what is told"
+
+
+def test_t15_catches_deepspeeds_default_of_one() -> None:
+    reference, _ = plain_gradient(torch.float32)
+    norm = float(torch.cat(list(reference.values())).norm())
+    assert norm > 1, "a gradient that a clip at 1.0 would change"
+    with pytest.raises(AssertionError):
+        check_gradient({n: g / norm for n, g in reference.items()}, reference, 1e-5)
+
+
+def closed_form(step: int) -> float:
+    """Warm-up of 2, then a cosine over the other 8 of 10 steps, peak 0.01."""
+    if step < 2:
+        return 0.01 * (step + 1) / 2
+    return 0.01 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - 2) / 8))))
+
+
+RATES: dict[str, Any] = {
+    "steps": 10, "optimizer__lr": 0.01, "optimizer__schedule": "cosine", "optimizer__warmup_steps": 2,
+}  # fmt: skip
+
+
+def check_rates(rates: list[float]) -> None:
+    assert rates == pytest.approx([closed_form(step) for step in range(len(rates))], rel=1e-6)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 4), (2, 1)])
+def test_t16_the_rate_depends_on_the_applied_step_alone(world: int, micro: int) -> None:
+    results = run_ranks(toys.run, world, toys.config(micro_batch_size=micro, **RATES), 10)
+    check_rates(results[0]["lr"])
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_t16_catches_a_schedule_stepped_per_rank_or_micro_batch(factor: int) -> None:
+    settings = toys.config(**RATES)
+    with pytest.raises(AssertionError):
+        check_rates([0.01 * optimizer.lr_factor(settings, min(9, step * factor)) for step in range(10)])
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_schedules_equal_diffusers(name: str) -> None:
+    """Against diffusers.optimization, which counts the warm-up from zero: ours is one step further on."""
+    from diffusers.optimization import get_scheduler
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs = get_scheduler(name, torch.optim.SGD([weight], lr=1.0), 0, 20, num_cycles=2, power=1.0)
+    settings = toys.config(steps=20, optimizer__schedule=name, optimizer__cycles=2)
+    for step in range(20):
+        expected = theirs.get_last_lr()[0]
+        assert optimizer.lr_factor(settings, step) == pytest.approx(expected, abs=1e-6), step
+        theirs.optimizer.step()
+        theirs.step()
+
+
+def skipped(settings: Any, bad_step: int, steps: int) -> dict[str, Any]:
+    """Train with a planted infinity in one rank's loss at `bad_step`."""
+    engine = toys.make(settings)
+    while engine.step_count < bad_step:
+        toys.one_step(engine, engine.step_count)
+    before = toys.checkpoint.own_tensors(engine)
+    applied = True
+    for m in range(engine.accumulation):
+        rows = slice(m * engine.config.micro_batch_size, (m + 1) * engine.config.micro_batch_size)
+        losses = toys.losses_of(engine, rows, bad_step, engine.dtype)
+        engine.backward(losses * (float("inf") if engine.ranks.rank == 1 and m == 0 else 1.0))
+        applied = engine.step()
+    after = toys.checkpoint.own_tensors(engine)
+    message = ""
+    try:
+        engine.explain_skip(torch.tensor([engine.ranks.rank]))
+    except ValueError as error:
+        message = str(error)
+    same = all(torch.equal(before[key], after[key]) for key in before)
+    count = engine.step_count
+    while engine.step_count < steps:
+        assert toys.one_step(engine, engine.step_count)
+    return {"applied": applied, "same": same, "message": message, "count": count,
+            "tensors": toys.checkpoint.own_tensors(engine)}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(stage: int, precision: str) -> None:
+    settings = toys.config(
+        engine__zero_stage=stage, engine__precision=precision, micro_batch_size=2, optimizer__name="adamw",
+        optimizer__lr=1e-3, ema__enabled=True,
+    )  # fmt: skip
+    results = run_ranks(skipped, 2, settings, 2, 4)
+    for result in results:
+        assert not result["applied"] and result["same"] and result["count"] == 2
+        assert "samples [0, 1]" in result["message"] and "step 2" in result["message"]
+    clean = run_ranks(toys.run, 2, settings, 4)
+    for kind in ("weight", "ema", "exp_avg"):
+        assert toys.distance(toys.joined(results, kind), toys.joined(clean, kind)) == 0
+
+
+def test_ema_is_the_recursion_over_the_masters() -> None:
+    """T2: against float64, whatever the accumulation; it starts from the weights before the first step."""
+    for micro in (4, 1):
+        settings = toys.config(
+            micro_batch_size=micro, optimizer__lr=0.05, ema__enabled=True, ema__decay=0.5, ema__warmup=False
+        )
+        path = [run_ranks(toys.run, 2, settings, steps) for steps in range(1, 4)]
+        average = {n: w.double().flatten() for n, w in toys.start_weights().items()}
+        for results in path:
+            masters = toys.joined(results)
+            average = {n: 0.5 * average[n] + 0.5 * masters[n].double() for n in average}
+        assert toys.distance(toys.joined(path[-1], "ema"), average) < 1e-6
+
+
+def test_parse_is_used_for_toys() -> None:
+    assert parse(toys.config().model_dump(mode="json")) == toys.config()

@@ -1,0 +1,171 @@
+"""All that can be refused before a model is loaded is refused, at once and with our settings' names."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sfumato import config
+from sfumato.check import DEEPSPEED_KEYS, check, count
+from sfumato.errors import UserError
+from sfumato.models import family_class
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "sd"
+    family_class("sd").tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(weights: Path, tmp_path: Path) -> Settings:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"number {number}")
+    return {
+        "name": "plan",
+        "output": str(tmp_path / "runs"),
+        "steps": 6,
+        "batch_size": 4,
+        "model": {"weights": str(weights)},
+        "data": {"source": str(images), "resolution": 64},
+    }
+
+
+def refused(settings: Settings, world: int = 1, accelerator: str = "cpu") -> str:
+    with pytest.raises(UserError) as caught:
+        check(config.parse(settings), world, accelerator)
+    return str(caught.value)
+
+
+def test_a_plan_says_what_will_be(settings: Settings) -> None:
+    plan = check(config.parse(settings), 2, "cpu")
+    assert (plan.accumulation, len(plan.source), plan.facts.family) == (2, 3, "sd")
+    text = str(plan)
+    assert "4 = 1 on 2 cpu ranks, 2 times" in text
+    assert "6, which see each image 8.0 times" in text
+    assert not Path(settings["output"]).exists()
+
+
+def test_weights_are_counted_from_the_headers(weights: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    real = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(weights / "unet").parameters())
+    assert count(list((weights / "unet").glob("*.safetensors"))) == real
+
+
+def test_all_mistakes_come_in_one_message(settings: Settings) -> None:
+    settings["batch_size"] = 3
+    settings["data"] |= {"source": "./nowhere", "resolution": 72}
+    settings["engine"] = {
+        "precision": "fp16",
+        "deepspeed": {"gradient_clipping": 0.5, "wall_clock_break": True},
+    }
+    text = refused(settings, world=2)
+    for words in (
+        "batch_size = 3",
+        "resolution = 72",
+        "./nowhere",
+        "fp16",
+        "set optimizer.max_grad_norm",
+        "did you mean wall_clock_breakdown?",
+        "mend these 6",
+    ):
+        assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("table", "values", "accelerator", "words"),
+    [
+        ("engine", {"precision": "fp16"}, "cpu", 'set "bf16" or "fp32"'),
+        ("engine", {"precision": "fp16", "zero_stage": 0}, "cuda", "set engine.zero_stage = 1"),
+        ("engine", {"deepspeed": {"zero_optimization": {"stage": 3}}}, "cpu", "set engine.zero_stage"),
+        ("engine", {"deepspeed": {"train_batch_size": 8}}, "cpu", "set batch_size"),
+        ("engine", {"deepspeed": {"fp16": {"enabled": True}}}, "cpu", "engine.precision"),
+        ("engine", {"deepspeed": {"optimizer": {"type": "Adam"}}}, "cpu", "optimizer"),
+        ("engine", {"deepspeed": {"tensorbord": {}}}, "cpu", "did you mean tensorboard?"),
+        ("engine", {"deepspeed": {"zero_optimization": {"overlap_com": True}}}, "cpu", "overlap_com"),
+        ("engine", {"deepspeed": {"elasticity": {}}}, "cpu", "elasticity"),
+        ("objective", {"prediction": "auto", "zero_terminal_snr": True}, "cpu", "zero_terminal_snr"),
+        ("objective", {"timesteps": {"kind": "range", "begin": 5, "end": 5000}}, "cpu", "5000"),
+        ("model", {"weights": "./nowhere"}, "cpu", "./nowhere"),
+        ("model", {"family": "sdxl"}, "cpu", "sdxl"),
+        ("data", {"resolution": 65}, "cpu", "choose 64 or"),
+    ],
+)
+def test_refused(settings: Settings, table: str, values: Settings, accelerator: str, words: str) -> None:
+    settings[table] = settings.get(table, {}) | values
+    assert words in refused(settings, accelerator=accelerator)
+
+
+def test_deepspeeds_own_keys_pass(settings: Settings) -> None:
+    settings["engine"] = {"deepspeed": {"zero_optimization": {"overlap_comm": True}, "dump_state": True}}
+    assert check(config.parse(settings), 2, "cpu")
+
+
+def test_a_broken_first_image_is_found(settings: Settings) -> None:
+    (Path(settings["data"]["source"]) / "0.png").write_bytes(b"no image")
+    assert "0.png" in refused(settings)
+
+
+def test_a_folder_that_cannot_be_written(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings["output"] = str(tmp_path / "file" / "runs")
+    assert "is not a folder" in refused(settings)
+
+
+def test_a_full_disk_is_foreseen(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    assert "a checkpoint takes" in refused(settings)
+
+
+class Recording(dict[str, Any]):
+    """A DeepSpeed configuration that remembers which of its keys were looked for."""
+
+    read: set[str]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+
+def keys_read() -> set[str]:
+    """The top-level keys that the installed DeepSpeed reads and has not removed."""
+    from deepspeed.runtime import config as theirs
+
+    recording = Recording(train_batch_size=1)
+    recording.read = set()
+    theirs.DeepSpeedConfig(recording)
+    return recording.read - set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+
+
+def check_known(known: frozenset[str]) -> None:
+    assert known == keys_read(), f"only one of both: {known ^ keys_read()}"
+
+
+def test_the_list_of_deepspeeds_keys_is_current() -> None:
+    check_known(DEEPSPEED_KEYS)
+
+
+@pytest.mark.parametrize("broken", [DEEPSPEED_KEYS - {"aio"}, DEEPSPEED_KEYS | {"gradient_cliping"}])
+def test_a_wrong_list_is_caught(broken: frozenset[str]) -> None:
+    with pytest.raises(AssertionError, match="only one of both"):
+        check_known(broken)

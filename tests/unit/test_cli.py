@@ -1,0 +1,110 @@
+"""What a person at the shell sees: exit codes, messages, help."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sfumato import cli
+from sfumato.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def sfumato(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sfumato", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_is_quick_and_names_the_verbs() -> None:
+    start = time.process_time()
+    done = sfumato("--help")
+    assert done.returncode == 0
+    for verb in ("train", "check", "sample", "export", "demo", "tiny", "presets"):
+        assert f"    {verb} " in done.stdout
+    assert time.process_time() - start < 5
+
+
+def test_presets_are_listed_with_their_sentences() -> None:
+    done = sfumato("presets")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == len(list((ROOT / "sfumato" / "presets").glob("*.toml")))
+    assert "SDXL" in done.stdout and "#" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "sdxl-ful"], 'did you mean "sdxl-full"?'),
+        (["train", "sdxl-full", "data.resolutoin=3"], "did you mean data.resolution?"),
+        (["train", "sdxl-full", "--gpus", "2", "stps=3", "x.y=1"], "unknown key stps"),
+        (["check", "sdxl-full", "optimizer.lr=fast"], "optimizer.lr = 'fast'"),
+    ],
+)
+def test_a_users_mistake(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "Traceback" not in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "sdxl-full", "--optimizer.lr=1"], "write settings without dashes: optimizer.lr=1"),
+        (["train", "sdxl-full", "--gpus", "0"], "less than 1"),
+        (["train"], "required: config"),
+        (["sample", "folder", "a prompt", "--what"], "unknown argument --what"),
+        (["trian"], "invalid choice"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
+    arguments = cli.parse(["train", "a.toml", "x=1", "--gpus", "2", "y=2"])
+    assert arguments.overrides == ["x=1", "y=2"]
+    assert arguments.gpus == 2
+
+
+def test_gpus_inside_a_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "sdxl-full", "--gpus", "2"]) == 2
+    assert "leave --gpus out" in capsys.readouterr().err
+
+
+def test_exit_codes() -> None:
+    def mistake() -> int:
+        raise UserError("a", "b", "c")
+
+    def defect() -> int:
+        raise RuntimeError("ours")
+
+    def stop() -> int:
+        raise KeyboardInterrupt
+
+    assert (cli.guarded(lambda: 0), cli.guarded(mistake), cli.guarded(stop)) == (0, 2, 130)
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.guarded(defect)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m sfumato presets | true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
