@@ -11,6 +11,8 @@ from sfumato.config import parse
 from sfumato.engine import checkpoint
 from sfumato.engine.engine import DTYPES
 from sfumato.errors import UserError
+from sfumato.models.loading import quiet
+from sfumato.objective import Objective
 
 
 def export(run: Path, to: Path | None = None, dtype: str | None = None, weights: str | None = None) -> Path:
@@ -26,13 +28,20 @@ def export(run: Path, to: Path | None = None, dtype: str | None = None, weights:
     to = to or saved.path.parent.parent / "export"
     if to.exists() and not (to / "model_index.json").is_file():
         raise UserError(f"an export to {to}", "something else is there", "name another folder")
-    arithmetic = DTYPES[dtype or config.export.dtype]
-    family = models.load(config.model, torch.device("cpu"), arithmetic, arithmetic)
+    kept = DTYPES[dtype or config.export.dtype]
+    family = models.load(config.model, torch.device("cpu"), kept, torch.float32)
+    # SDXL's VAE overflows in half precision and says so in its config.
+    family.vae.to(torch.float32 if family.vae.config.force_upcast and kept == torch.float16 else kept)
+    objective = Objective(config.objective, family.scheduler_config)
     denoiser = family.build_denoiser()
-    denoiser.load_state_dict({name: saved.whole(kind, name) for name in saved.parameters}, strict=False)
+    found = denoiser.load_state_dict({n: saved.whole(kind, n) for n in saved.parameters}, strict=False)
+    assert not found.unexpected_keys, f"the checkpoint has other parameters: {found.unexpected_keys[:3]}"
+    assert not set(found.missing_keys) & {n for n, _ in denoiser.named_parameters()}, "parameters are missing"
+    pipeline = family.assemble(denoiser.to(kept).eval(), objective.process.sampler_settings())
     part = to.with_name(f".{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    family.assemble(denoiser.to(arithmetic).eval()).save_pretrained(part, safe_serialization=True)
+    with quiet():
+        pipeline.save_pretrained(part, safe_serialization=True)
     facts = {"step": saved.step, "weights": kind, "run": config.name, "base": config.model.weights}
     (part / "sfumato.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(to, ignore_errors=True)

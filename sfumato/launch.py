@@ -222,7 +222,9 @@ def told(cause: Failure, ranks: int) -> str:
     else:
         how = f"was killed by {signal.Signals(-cause.code).name}"
         how += " (often: the machine was out of memory)" if cause.code == -signal.SIGKILL else ""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if number else []
+    # Rank 0's words were seen as they came, and SIGKILL leaves no time for any.
+    silent = number == 0 or cause.code == -signal.SIGKILL
+    lines = [] if silent else log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
     return "\n".join([*lines, f"rank {number} of {ranks} {how}; its log is {log}"])
 
 

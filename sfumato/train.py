@@ -32,6 +32,8 @@ def train(config: Config) -> Path:
     if place.first:
         run.write_records(config, place.world, str(place.device))
     family = models.load(config.model, place.device, *frozen_dtypes(config))
+    if config.engine.attention is not None:
+        family.try_attention(config.engine.attention, DTYPES[config.engine.precision])
     method = methods.build(config, family)
     objective = Objective(config.objective, family.scheduler_config)
     weights = starting(method.build, method.weights(), config.seed, config.folder, place)
@@ -57,7 +59,7 @@ def train(config: Config) -> Path:
                 if due(engine, config.checkpoint.every):
                     checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
                 if config.preview.prompts and due(engine, config.preview.every):
-                    preview(engine, family, config)
+                    preview(engine, family, objective)
 
     if place.first:
         export(config.folder)
@@ -96,12 +98,12 @@ def frozen_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
     return DTYPES[precision], DTYPES[vae]
 
 
-def preview(engine: Engine, family: Family, config: Config) -> None:
+def preview(engine: Engine, family: Family, objective: Objective) -> None:
     """Draw the preview's prompts with the weights of now, on all ranks together."""
-    wanted = config.preview
+    config, wanted = engine.config, engine.config.preview
     with engine.drawing() as module:
         drawings = draw(
-            family.assemble(module),
+            family.assemble(module, objective.process.sampler_settings()),
             wanted.prompts,
             [wanted.seed],
             Sampling(steps=wanted.steps, guidance=wanted.guidance, size=config.data.resolution),

@@ -92,7 +92,7 @@ def framed(drawing: Image.Image, resolution: int) -> Image.Image:
     assert box is not None, "an emoji drawing is fully transparent"
     part = drawing.crop(box)
     scale = FILL * resolution / max(part.size)
-    size = tuple(max(1, round(side * scale)) for side in part.size)
+    size = (max(1, round(part.width * scale)), max(1, round(part.height * scale)))
     small = part.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     frame = Image.new("RGBA", (resolution, resolution), (255, 255, 255, 0))
     frame.paste(small, ((resolution - size[0]) // 2, (resolution - size[1]) // 2))

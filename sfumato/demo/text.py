@@ -1,7 +1,8 @@
 """The demo's text encoder: a small transformers CLIPTextModel whose states say what a thing looks like.
 
 It is trained contrastively (symmetric InfoNCE, as in CLIP) to match an emoji's name with the
-EfficientNet-Lite0 features of its Noto and Twemoji drawings; the image side is one linear layer, thrown away afterwards.
+EfficientNet-Lite0 features of its Noto and Twemoji drawings; the image side is one linear layer, thrown
+away afterwards.
 """
 
 from __future__ import annotations
@@ -119,10 +120,8 @@ def train_text_encoder(
         with torch.autocast("cpu", torch.bfloat16):
             states = model(input_ids=ids[phrase, chosen]).last_hidden_state  # (B, 77, d)
         images = head(functional.dropout(seen, 0.1))
-        loss = (
-            sum(contrast(text, images, cold) for text in spoken(states.float(), ids[phrase, chosen], draw))
-            / 2
-        )
+        first, later = spoken(states.float(), ids[phrase, chosen], draw)
+        loss = (contrast(first, images, cold) + contrast(later, images, cold)) / 2
         adam.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
