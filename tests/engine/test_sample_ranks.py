@@ -68,5 +68,5 @@ def test_a_rank_that_draws_less_is_waited_for_in_vain(folder: Path) -> None:
     for rank in range(2):
         (folder / f"sharded-{rank}").unlink(missing_ok=True)
     with pytest.raises(RankError):
-        run_ranks(unequally_often, 2, folder, timeout=45)
+        run_ranks(unequally_often, 2, folder, timeout=120)
     assert all((folder / f"sharded-{rank}").exists() for rank in range(2)), "they failed before they drew"

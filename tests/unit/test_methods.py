@@ -19,9 +19,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def full(folder: Path, from_scratch: bool = False) -> Method:
-    model = config.Model(weights=str(folder), from_scratch=from_scratch)
-    family = models.load(model, torch.device("cpu"), torch.float32, torch.float32)
-    return methods.load(config.Method(), family)
+    model = {"weights": str(folder), "from_scratch": from_scratch}
+    settings = config.parse({"steps": 1, "batch_size": 1, "model": model, "data": {"source": "none"}})
+    family = models.load(settings.model, torch.device("cpu"), torch.float32, torch.float32)
+    return methods.build(settings, family)
 
 
 def check_whole_denoiser(method: Method) -> None:
@@ -48,7 +49,7 @@ def test_every_weight_learns_catches_a_frozen_one(folder: Path) -> None:
     method = full(folder)
     assert isinstance(method, Full)
     with pytest.raises(AssertionError, match="does not learn"):
-        check_whole_denoiser(Broken(method.family))
+        check_whole_denoiser(Broken(method.family, method.engine))
 
 
 def test_from_scratch_has_no_files(folder: Path) -> None:

@@ -1,0 +1,171 @@
+"""Whole runs: what they leave, that they go on as if nothing had happened, and that users can load the result."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from tests.engine import runs, toys
+from tests.engine.ranks import run_ranks
+
+LIMIT = 150  # seconds for one run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    for family in ("sd", "sdxl"):
+        runs.write_model(family, folder / family)
+    runs.write_pictures(folder / "pictures")
+    return folder
+
+
+def train(place: Path, world: int = 1, **changes: Any) -> Path:
+    """Train in ranks of their own; the run's folder."""
+    values = runs.settings(place, **changes)
+    run_ranks(runs.train_here, world, values, timeout=LIMIT)
+    return Path(values["output"]) / values["name"]
+
+
+def toml(values: dict[str, Any]) -> str:
+    """Nested tables as `key=value` words of the command line."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{key}.{line}" for line in toml(value).splitlines()]
+        else:
+            text = (
+                str(value).lower()
+                if isinstance(value, bool)
+                else f'"{value}"'
+                if isinstance(value, str)
+                else value
+            )
+            lines.append(f"{key}={text}")
+    return "\n".join(lines)
+
+
+def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
+    """`sfumato train` as a user starts it."""
+    (folder / "empty.toml").write_text("")
+    words = toml(values).splitlines()
+    command = [sys.executable, "-m", "sfumato", "train", str(folder / "empty.toml"), *words]
+    return subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def killed_at(step: int, values: dict[str, Any], folder: Path) -> None:
+    """Start the command, and kill it with all that it started once `step` was logged."""
+    run = Path(values["output"]) / values["name"]
+    process = start(values, folder)
+    end = time.monotonic() + LIMIT
+    while not (run / "metrics.jsonl").exists() or not any(m["step"] >= step for m in whole_lines(run)):
+        assert process.poll() is None, f"it ended by itself with {process.returncode}"
+        assert time.monotonic() < end, "it did not reach the step in time"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def whole_lines(run: Path) -> list[dict[str, float]]:
+    try:
+        return runs.metrics(run)
+    except ValueError:  # a line is just being written
+        return []
+
+
+def test_t7_killed_twice_and_resumed_equals_never_stopped_to_the_bit(place: Path, tmp_path: Path) -> None:
+    changes = {"steps": 10, "checkpoint__every": 3, "data__workers": 2}
+    straight = train(place, name="straight", **changes)
+    values = runs.settings(place, name="killed", **changes)
+    killed_at(4, values, tmp_path)
+    killed_at(7, values, tmp_path)
+    assert start(values, tmp_path).wait(LIMIT) == 0
+    stopped = Path(values["output"]) / "killed"
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        check_same_bits(runs.tensors_of(stopped, kind), runs.tensors_of(straight, kind))
+    assert [m["step"] for m in runs.metrics(stopped)] == list(range(1, 11))
+    assert [m["loss"] for m in runs.metrics(stopped)] == [m["loss"] for m in runs.metrics(straight)]
+
+
+def check_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing, f"{len(differing)} tensors differ, the first: {differing[0]}"
+
+
+def test_t7_catches_a_resume_that_starts_the_epoch_anew(place: Path) -> None:
+    """The same steps over other samples, as when the order begins again after a restart."""
+    one = train(place, name="order", steps=2)
+    other = train(place, name="reordered", steps=2, seed=1)
+    with pytest.raises(AssertionError, match="differ"):
+        check_same_bits(runs.tensors_of(one), runs.tensors_of(other))
+
+
+def test_one_run_over_other_stages_and_ranks(place: Path) -> None:
+    """Stage 1 on two ranks, then 3 on one, then 2 on two, against stage 0 on one: the same curve."""
+    straight = train(place, name="one", steps=6, engine__zero_stage=0)
+    for steps, world, stage, micro in ((2, 2, 1, 1), (4, 1, 3, 2), (6, 2, 2, 2)):
+        moved = train(
+            place, world, name="moved", steps=steps, engine__zero_stage=stage, micro_batch_size=micro
+        )
+    for kind in ("weight", "ema"):
+        assert toys.distance(runs.tensors_of(moved, kind), runs.tensors_of(straight, kind)) < 1e-5
+    losses = [m["loss"] for m in runs.metrics(moved)]
+    assert losses == pytest.approx([m["loss"] for m in runs.metrics(straight)], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_3_exports_what_zero_0_exports(place: Path, precision: str) -> None:
+    results = [
+        train(place, 2, name=f"{precision}-{stage}", engine__zero_stage=stage, engine__precision=precision,
+              micro_batch_size=1, steps=3)
+        for stage in ((0, 3) if precision == "fp32" else (1, 3))
+    ]  # fmt: skip
+    gap = toys.distance(runs.exported(results[1]), runs.exported(results[0]))
+    assert gap < (1e-6 if precision == "fp32" else 1e-3)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_stock_diffusers_draws_with_what_was_trained(place: Path, family: str) -> None:
+    run = train(place, name=f"drawn-{family}", family=family, preview__prompts=("a cat",), preview__steps=2)
+    start = runs.load_file(place / family / "unet" / "diffusion_pytorch_model.safetensors")
+    assert toys.distance(runs.exported(run), start) > 1e-4, "it learned nothing"
+    pipeline = DiffusionPipeline.from_pretrained(run / "export", low_cpu_mem_usage=False)
+    image = pipeline("a cat", num_inference_steps=2, output_type="pt", height=64, width=64).images
+    assert image.shape == (1, 3, 64, 64) and bool(torch.isfinite(image).all())
+    assert list((run / "images" / "step-000004").glob("*.png"))
+
+
+def test_step_counts_and_records(place: Path) -> None:
+    """Seven pictures, batches of four in two portions, nine steps: nine lines, nine applied steps."""
+    run = train(
+        place, 2, name="counted", steps=9, micro_batch_size=1, checkpoint__every=4, checkpoint__keep=2
+    )
+    assert [m["step"] for m in runs.metrics(run)] == list(range(1, 10))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000008", "step-000009"]
+    assert (run / "resolved.json").exists() and (run / "environment.json").exists()
+
+
+def test_from_scratch_is_the_same_at_every_stage(place: Path) -> None:
+    results = [
+        train(place, name=f"scratch-{stage}", engine__zero_stage=stage, model__from_scratch=True, steps=2)
+        for stage in (1, 3)
+    ]
+    assert toys.distance(runs.tensors_of(results[1]), runs.tensors_of(results[0])) < 1e-6
+    start = runs.load_file(place / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert toys.distance(runs.tensors_of(results[0]), start) > 0.1, "it took the folder's weights"
+
+
+def test_another_config_does_not_go_on_with_a_run(place: Path) -> None:
+    train(place, name="mine", steps=2)
+    for change in ({"optimizer__lr": 2e-3}, {"seed": 5}, {"batch_size": 2}, {"steps": 1}):
+        with pytest.raises(RuntimeError, match="another name"):
+            train(place, **{"name": "mine", "steps": 2, **change})
+    train(place, name="mine", steps=3, engine__zero_stage=2)
