@@ -86,6 +86,33 @@ def grammar() -> argparse.ArgumentParser:
         command.add_argument("--gpus", type=positive, metavar="N", help="start N ranks on this machine")
 
     command = verb(sample, "draw pictures with a trained model, or any diffusers folder")
+    sampling_options(command)
+
+    command = verb(export, "write a run's checkpoint as a diffusers folder")
+    command.add_argument(
+        "run", type=Path, help="the run's folder, such as runs/NAME, or one of its checkpoints"
+    )
+    command.add_argument("--to", type=Path, help="the new folder; default: RUN/export")
+    command.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: as the run's config says"
+    )
+    command.add_argument(
+        "--weights", choices=("ema", "live"), help="default: the average, if the run keeps one"
+    )
+
+    command = verb(demo, "teach a small model the style of other emoji and show it; needs sfumato[demo]")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of its run, as steps=20")
+
+    command = verb(tiny, "write a family's random toy model, to try things out")
+    command.add_argument("family", help="such as sd or sdxl")
+    command.add_argument("folder", type=Path)
+
+    verb(presets, "list the ready-made configs")
+    return parser
+
+
+def sampling_options(command: argparse.ArgumentParser) -> None:
+    """What `sample` is told."""
     command.add_argument("model", help="a run's folder, a diffusers folder or a hub id")
     command.add_argument("prompts", nargs="+", help="one or more prompts")
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
@@ -102,27 +129,6 @@ def grammar() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, else bf16"
     )
-
-    command = verb(export, "write a run's checkpoint as a diffusers folder")
-    command.add_argument(
-        "run", type=Path, help="the run's folder, such as runs/NAME, or one of its checkpoints"
-    )
-    command.add_argument("--to", type=Path, help="the new folder; default: RUN/export")
-    command.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: as the run's config says"
-    )
-    command.add_argument(
-        "--weights", choices=("ema", "live"), help="default: the average, if the run keeps one"
-    )
-
-    verb(demo, "train on emoji, draw new ones, and write a page that shows it; needs sfumato[demo]")
-
-    command = verb(tiny, "write a family's random toy model, to try things out")
-    command.add_argument("family", help="such as sd or sdxl")
-    command.add_argument("folder", type=Path)
-
-    verb(presets, "list the ready-made configs")
-    return parser
 
 
 def positive(text: str) -> int:
@@ -220,7 +226,7 @@ def demo(arguments: argparse.Namespace) -> int:
         tuning.restart()
     from sfumato.demo.run import demo as run
 
-    run()
+    run(overrides=tuple(arguments.overrides))
     return 0
 
 

@@ -63,9 +63,7 @@ def run_ranks(
                 # A call that cannot be pickled fails here, in the test, with a plain message.
                 call = pickle.dumps((function, args, kwargs))
                 place = (rank, world, port, scratch, timeout, init)
-                process = context.Process(
-                    target=_rank, args=(theirs, call, place), name=f"rank {rank}", daemon=True
-                )
+                process = context.Process(target=_rank, args=(theirs, call, place), name=f"rank {rank}")
                 process.start()
                 theirs.close()
                 ranks.append(process)

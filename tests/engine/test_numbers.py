@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.config import parse
 from sfumato.engine import optimizer
 from tests.engine import toys
 from tests.engine.ranks import run_ranks
@@ -50,11 +49,22 @@ def check_gradient(gradient: dict[str, Tensor], reference: dict[str, Tensor], to
     assert gap <= tolerance, f"the gradient is {gap:.2g} away from plain torch's, more than {tolerance:g}"
 
 
-@pytest.mark.parametrize(("stage", "precision", "micro"), CELLS)
-def test_t17_gradient_loss_and_norm_are_those_of_plain_torch(stage: int, precision: str, micro: int) -> None:
+@pytest.fixture(scope="module")
+def cells() -> dict[tuple[int, str, int], list[dict[str, Any]]]:
+    """One step of every cell on two ranks."""
+    jobs = [
+        (toys.config(engine__zero_stage=stage, engine__precision=precision, micro_batch_size=micro), 1)
+        for stage, precision, micro in CELLS
+    ]
+    return dict(zip(CELLS, toys.on_ranks(2, jobs), strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_t17_gradient_loss_and_norm_are_those_of_plain_torch(
+    cells: dict[tuple[int, str, int], list[dict[str, Any]]], cell: tuple[int, str, int]
+) -> None:
     """T17, T1, T18: two ranks with different samples, accumulation 1 and 4, at every ZeRO stage."""
-    settings = toys.config(engine__zero_stage=stage, engine__precision=precision, micro_batch_size=micro)
-    results = run_ranks(toys.run, 2, settings, 1)
+    results, (stage, precision, micro) = cells[cell], cell
     autocast = precision == "bf16" and stage == 0
     dtype = torch.float32 if precision == "fp32" or autocast else torch.bfloat16
     reference, losses = plain_gradient(dtype, micro)
@@ -88,35 +98,29 @@ def check_same_curve(one: list[dict[str, Any]], other: list[dict[str, Any]], tol
 
 def test_t1_one_curve_for_any_split_and_number_of_ranks() -> None:
     """(4,1), (2,2), (1,4) micro-batch x accumulation on two ranks, and one rank: the same five steps."""
-
-    def curve(world: int, micro: int) -> list[dict[str, Any]]:
-        return run_ranks(toys.run, world, toys.config(micro_batch_size=micro, optimizer__lr=0.1), 5)
-
-    reference = curve(1, 8)
-    for world, micro in ((2, 4), (2, 2), (2, 1), (1, 2)):
-        check_same_curve(curve(world, micro), reference, 1e-6)
+    jobs = {micro: (toys.config(micro_batch_size=micro, optimizer__lr=0.1), 5) for micro in (8, 4, 2, 1)}
+    reference, alone = toys.on_ranks(1, [jobs[8], jobs[2]])
+    for curve in (alone, *toys.on_ranks(2, [jobs[4], jobs[2], jobs[1]])):
+        check_same_curve(curve, reference, 1e-6)
 
 
 def test_t1_catches_a_loss_divided_twice() -> None:
-    def curve(rate: float) -> list[dict[str, Any]]:
-        return run_ranks(toys.run, 1, toys.config(micro_batch_size=8, optimizer__lr=rate), 2)
-
+    # Half the gradient is half the rate.
+    jobs = [(toys.config(micro_batch_size=8, optimizer__lr=rate), 2) for rate in (0.05, 0.1)]
     with pytest.raises(AssertionError):
-        check_same_curve(curve(0.05), curve(0.1), 1e-6)  # half the gradient is half the rate
+        check_same_curve(*toys.on_ranks(1, jobs), 1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_t14_masters_start_from_the_fp32_weights_and_small_steps_count(stage: int) -> None:
-    settings = toys.config(engine__zero_stage=stage, engine__precision="bf16", micro_batch_size=4)
-    start = toys.joined(run_ranks(toys.run, 2, settings, 0))
-    check_masters(start, 0)
-    small = toys.config(
-        engine__zero_stage=stage, engine__precision="bf16", micro_batch_size=4,
-        optimizer__name="adamw", optimizer__lr=1e-6,
-    )  # fmt: skip
-    after = toys.joined(run_ranks(toys.run, 2, small, 20))
-    still = sum(int((after[n] == start[n]).sum()) for n in start) / sum(t.numel() for t in start.values())
-    assert still < 0.01, f"{still:.1%} of the masters did not move in 20 steps"
+def test_t14_masters_start_from_the_fp32_weights_and_small_steps_count() -> None:
+    stages = {"engine__precision": "bf16", "micro_batch_size": 4}
+    small = stages | {"optimizer__name": "adamw", "optimizer__lr": 1e-6}
+    jobs = [(toys.config(engine__zero_stage=stage, **stages), 0) for stage in (1, 2, 3)]
+    jobs += [(toys.config(engine__zero_stage=stage, **small), 20) for stage in (1, 2, 3)]
+    results = [toys.joined(result) for result in toys.on_ranks(2, jobs)]
+    for start, after in zip(results[:3], results[3:], strict=True):
+        check_masters(start, 0)
+        still = sum(int((after[n] == start[n]).sum()) for n in start) / sum(t.numel() for t in start.values())
+        assert still < 0.01, f"{still:.1%} of the masters did not move in 20 steps"
 
 
 def check_masters(masters: dict[str, Tensor], bound: float) -> None:
@@ -129,17 +133,17 @@ def test_t14_catches_rounded_masters() -> None:
         check_masters({n: w.bfloat16().float().flatten() for n, w in toys.start_weights().items()}, 0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("factor", [0.1, 10.0])
-def test_t15_clipping_is_by_the_global_norm(stage: int, factor: float) -> None:
+def test_t15_clipping_is_by_the_global_norm() -> None:
     reference, _ = plain_gradient(torch.float32)
     norm = float(torch.cat(list(reference.values())).norm())
-    settings = toys.config(
-        engine__zero_stage=stage, micro_batch_size=2, optimizer__max_grad_norm=norm * factor
-    )
-    results = run_ranks(toys.run, 2, settings, 1)
-    check_gradient(moved(results), {n: g * min(1.0, factor) for n, g in reference.items()}, 1e-5)
-    assert results[0]["norm"][0] == pytest.approx(norm, rel=1e-5), "the norm before clipping is what is told"
+    limits = [(stage, factor) for stage in range(4) for factor in (0.1, 10.0)]
+    jobs = [
+        (toys.config(engine__zero_stage=stage, micro_batch_size=2, optimizer__max_grad_norm=norm * factor), 1)
+        for stage, factor in limits
+    ]
+    for (_, factor), results in zip(limits, toys.on_ranks(2, jobs), strict=True):
+        check_gradient(moved(results), {n: g * min(1.0, factor) for n, g in reference.items()}, 1e-5)
+        assert results[0]["norm"][0] == pytest.approx(norm, rel=1e-5), "told is the norm before clipping"
 
 
 def test_t15_catches_deepspeeds_default_of_one() -> None:
@@ -166,10 +170,10 @@ def check_rates(rates: list[float]) -> None:
     assert rates == pytest.approx([closed_form(step) for step in range(len(rates))], rel=1e-6)
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 4), (2, 1)])
-def test_t16_the_rate_depends_on_the_applied_step_alone(world: int, micro: int) -> None:
-    results = run_ranks(toys.run, world, toys.config(micro_batch_size=micro, **RATES), 10)
-    check_rates(results[0]["lr"])
+def test_t16_the_rate_depends_on_the_applied_step_alone() -> None:
+    jobs = {micro: (toys.config(micro_batch_size=micro, **RATES), 10) for micro in (8, 4, 1)}
+    for results in (*toys.on_ranks(1, [jobs[8]]), *toys.on_ranks(2, [jobs[4], jobs[1]])):
+        check_rates(results[0]["lr"])
 
 
 @pytest.mark.parametrize("factor", [2, 4])
@@ -192,6 +196,10 @@ def test_schedules_equal_diffusers(name: str) -> None:
         assert optimizer.lr_factor(settings, step) == pytest.approx(expected, abs=1e-6), step
         theirs.optimizer.step()
         theirs.step()
+
+
+def all_skipped(every: list[Any], bad_step: int, steps: int) -> list[dict[str, Any]]:
+    return [skipped(settings, bad_step, steps) for settings in every]
 
 
 def skipped(settings: Any, bad_step: int, steps: int) -> dict[str, Any]:
@@ -220,20 +228,21 @@ def skipped(settings: Any, bad_step: int, steps: int) -> dict[str, Any]:
             "tensors": toys.checkpoint.own_tensors(engine)}  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(stage: int, precision: str) -> None:
-    settings = toys.config(
-        engine__zero_stage=stage, engine__precision=precision, micro_batch_size=2, optimizer__name="adamw",
-        optimizer__lr=1e-3, ema__enabled=True,
-    )  # fmt: skip
-    results = run_ranks(skipped, 2, settings, 2, 4)
-    for result in results:
-        assert not result["applied"] and result["same"] and result["count"] == 2
-        assert "samples [0, 1]" in result["message"] and "step 2" in result["message"]
-    clean = run_ranks(toys.run, 2, settings, 4)
-    for kind in ("weight", "ema", "exp_avg"):
-        assert toys.distance(toys.joined(results, kind), toys.joined(clean, kind)) == 0
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(precision: str) -> None:
+    every = [
+        toys.config(engine__zero_stage=stage, engine__precision=precision, micro_batch_size=2,
+                    optimizer__name="adamw", optimizer__lr=1e-3, ema__enabled=True)
+        for stage in range(4)
+    ]  # fmt: skip
+    planted = [list(r) for r in zip(*run_ranks(all_skipped, 2, every, 2, 4, timeout=200), strict=True)]
+    clean = toys.on_ranks(2, [(settings, 4) for settings in every])
+    for results, undisturbed in zip(planted, clean, strict=True):
+        for result in results:
+            assert not result["applied"] and result["same"] and result["count"] == 2
+            assert "samples [0, 1]" in result["message"] and "step 2" in result["message"]
+        for kind in ("weight", "ema", "exp_avg"):
+            assert toys.distance(toys.joined(results, kind), toys.joined(undisturbed, kind)) == 0
 
 
 def test_ema_is_the_recursion_over_the_masters() -> None:
@@ -242,13 +251,9 @@ def test_ema_is_the_recursion_over_the_masters() -> None:
         settings = toys.config(
             micro_batch_size=micro, optimizer__lr=0.05, ema__enabled=True, ema__decay=0.5, ema__warmup=False
         )
-        path = [run_ranks(toys.run, 2, settings, steps) for steps in range(1, 4)]
+        path = toys.on_ranks(2, [(settings, steps) for steps in range(1, 4)])
         average = {n: w.double().flatten() for n, w in toys.start_weights().items()}
         for results in path:
             masters = toys.joined(results)
             average = {n: 0.5 * average[n] + 0.5 * masters[n].double() for n in average}
         assert toys.distance(toys.joined(path[-1], "ema"), average) < 1e-6
-
-
-def test_parse_is_used_for_toys() -> None:
-    assert parse(toys.config().model_dump(mode="json")) == toys.config()

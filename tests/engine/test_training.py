@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, that they go on as if nothing had happened, and that users can load the result."""
+"""Whole runs: what they leave, that they go on as if never stopped, and that users can load the result."""
 
 import os
 import signal

@@ -13,6 +13,7 @@ from sfumato.config import Config, parse
 from sfumato.engine import checkpoint, ranks
 from sfumato.engine.engine import Engine
 from sfumato.engine.weights import WeightFiles
+from tests.engine.ranks import run_ranks
 
 GLOBAL = 8  # samples per optimizer step
 
@@ -45,7 +46,7 @@ def start_file() -> WeightFiles:
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs (8, 4, 8, 8), timesteps (8,), text (8, 5, 16) and targets of an optimizer step, all different."""
+    """Inputs (8, 4, 8, 8), timesteps (8,), text (8, 5, 16) and targets of a step, all different."""
     draw = torch.Generator().manual_seed(1000 + step)
     x, target = (torch.randn(GLOBAL, 4, 8, 8, generator=draw) for _ in range(2))
     return x, torch.arange(GLOBAL) * 100.0, torch.randn(GLOBAL, 5, 16, generator=draw), target
@@ -101,6 +102,16 @@ def run(settings: Config, steps: int, save: Path | None = None, resume: Path | N
     if save is not None:
         told["path"] = checkpoint.save(engine, save, {}, keep=2)
     return told | {"tensors": checkpoint.own_tensors(engine)}
+
+
+def run_all(jobs: list[tuple[Config, int]]) -> list[dict[str, Any]]:
+    """Several runs one after another in the same ranks, which saves their start."""
+    return [run(settings, steps) for settings, steps in jobs]
+
+
+def on_ranks(world: int, jobs: list[tuple[Config, int]], timeout: float = 200) -> list[list[dict[str, Any]]]:
+    """`run_all` on so many ranks: for each job the results of all ranks."""
+    return [list(results) for results in zip(*run_ranks(run_all, world, jobs, timeout=timeout), strict=True)]
 
 
 def joined(results: list[dict[str, Any]], kind: str = "weight") -> dict[str, Tensor]:

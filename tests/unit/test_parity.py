@@ -4,7 +4,6 @@ The reference is what examples/text_to_image/train_text_to_image(_sdxl).py compu
 backward pass, said with diffusers' own functions.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
