@@ -73,7 +73,7 @@ class Data(Section):
     workers: int = Field(2, ge=0)
     """Loader processes per rank; 0 loads in the training process."""
     worker_timeout: float = Field(300, gt=0)
-    """Seconds that a step waits for its data before the run ends with an error."""
+    """Seconds that a step waits for its data before the run ends with an error; needs workers."""
 
 
 class UniformTimesteps(Section):
@@ -137,8 +137,8 @@ class Objective(Section):
     def _terminal(self) -> "Objective":
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError(
-                'zero_terminal_snr with prediction = "epsilon" has nothing to learn at the last step, where the '
-                'input is the noise itself; use prediction = "v" or "sample"'
+                'zero_terminal_snr with prediction = "epsilon" has nothing to learn at the last step, '
+                'where the input is the noise itself; use prediction = "v" or "sample"'
             )
         return self
 
@@ -294,8 +294,8 @@ class Config(Section):
     def _whole(self) -> "Config":
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}; "
-                "choose a micro_batch_size that divides it"
+                f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = "
+                f"{self.micro_batch_size}; choose a micro_batch_size that divides it"
             )
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(

@@ -40,7 +40,7 @@ def accumulation(config: Config, world: int) -> int:
         raise UserError(
             f"batch_size = {config.batch_size}, micro_batch_size = {config.micro_batch_size}, {world} ranks",
             f"one pass over all ranks takes {per_pass} samples, which does not divide {config.batch_size}",
-            f"set batch_size to a multiple of {per_pass}, such as {(config.batch_size // per_pass + 1) * per_pass}",
+            f"set batch_size to a multiple of {per_pass}",
         )
     return config.batch_size // per_pass
 

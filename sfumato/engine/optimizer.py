@@ -49,15 +49,14 @@ def ema_decay(ema: Ema, step: int) -> float:
 def build(config: Config, parameters: list[torch.nn.Parameter], device: torch.device) -> Optimizer:
     """The optimizer that `[optimizer]` names, with the average if `[ema]` asks for it."""
     settings = config.optimizer
-    if settings.name == "sgd":
-        kind, options = SGD, {"weight_decay": settings.weight_decay}
-    else:
+    kind: type[Optimizer] = SGD
+    options: dict[str, Any] = {"lr": config.peak_lr, "weight_decay": settings.weight_decay}
+    if settings.name == "adamw":
         fused = device.type in ("cpu", "cuda")  # one pass over memory where torch has the kernel
-        options = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
-        kind, options = AdamW, options | {"fused": fused}
+        kind, options = AdamW, options | {"betas": settings.betas, "eps": settings.eps, "fused": fused}
     if config.ema.enabled:
         kind = averaging(kind)
-    return kind(parameters, lr=config.peak_lr, **options)
+    return kind(parameters, **options)
 
 
 def lr_factor(config: Config, step: int) -> float:

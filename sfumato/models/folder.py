@@ -188,7 +188,7 @@ def check_parts(facts: Facts, model: config.Model) -> None:
 
 
 def check_words(tokenizer: Path) -> None:
-    """Raise UserError unless a tokenizer's folder holds its words; transformers would make up three of them."""
+    """Raise UserError unless a tokenizer's folder holds its words; transformers would make up three."""
     kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
     if not any(all((tokenizer / name).is_file() for name in names) for names in kinds):
         found = f"neither tokenizer.json nor vocab.json with merges.txt; it holds {listing(tokenizer)}"
