@@ -120,6 +120,7 @@ def sampling_options(command: argparse.ArgumentParser) -> None:
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one picture a prompt and seed"
     )
     command.add_argument("--steps", type=positive, default=25, help="denoising steps")
+    command.add_argument("--gpus", type=positive, metavar="N", help="share the pictures among N ranks")
     command.add_argument("--guidance", type=float, default=5.0, help="1 is none")
     command.add_argument("--size", type=positive, help="side in pixels; default: what the model was made for")
     command.add_argument("--negative", help="what the pictures should not show")
@@ -142,20 +143,27 @@ def positive(text: str) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train: as one process, as the rank that a launcher made of us, or as the launcher of --gpus ranks."""
     settings = config.load(arguments.config, arguments.overrides)
+    code = as_ranks(arguments, settings.folder / "logs")
+    if code is None:
+        from sfumato import train as loop
+
+        loop.train(settings)
+    return code or 0
+
+
+def as_ranks(arguments: argparse.Namespace, logs: Path) -> int | None:
+    """Start --gpus ranks and give their exit code; or become the one rank, or one of the ranks: None."""
     if launch.supervised():
         launch.follow_supervisor()
     elif place.find(os.environ) is None:
         if arguments.gpus:
-            return launch.run(arguments.command, arguments.gpus, settings.folder / "logs")
+            return launch.run(arguments.command, arguments.gpus, logs)
         if arguments.real:
             tuning.restart()
     else:
         refuse_gpus(arguments.gpus)
     place.adopt(os.environ)
-    from sfumato import train as loop
-
-    loop.train(settings)
-    return 0
+    return None
 
 
 def refuse_gpus(gpus: int | None) -> None:
@@ -165,7 +173,7 @@ def refuse_gpus(gpus: int | None) -> None:
         raise UserError(
             f"--gpus {gpus}",
             f"this process is rank {found.rank} of the {found.world} that {found.by} started",
-            "leave --gpus out: each of them trains as one rank",
+            "leave --gpus out: each of them is one rank",
         )
 
 
@@ -183,14 +191,17 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    """Draw every prompt with every seed."""
+    """Draw every prompt with every seed; several ranks share them."""
+    code = as_ranks(arguments, arguments.out / "logs")
+    if code is not None:
+        return code
     import torch
-    from deepspeed.accelerator import get_accelerator
 
+    from sfumato.engine import ranks
     from sfumato.sample import Sampling, sample_folder
 
-    device = get_accelerator()
-    default = "fp32" if device.device_name() == "cpu" else "bf16"
+    own = ranks.start(timeout=1800)
+    default = "fp32" if own.device.type == "cpu" else "bf16"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype or default]
     sampling = Sampling(
         steps=arguments.steps,
@@ -205,8 +216,10 @@ def sample(arguments: argparse.Namespace) -> int:
         arguments.seeds,
         arguments.out,
         sampling,
-        device=device.current_device_name(),
+        device=own.device,
         dtype=dtype,
+        rank=own.rank,
+        world=own.world,
     ):
         print(path)
     return 0

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from sfumato.errors import UserError
+
 # DeepSpeed would compile a shared-memory all-reduce for CPU ranks at the first start. A build that was killed
 # leaves a lock on which every later start waits for ever, and gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -60,7 +62,15 @@ def start(timeout: float) -> Ranks:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     on_cpu = accelerator.device_name() == "cpu"
     if not on_cpu:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        # A launcher may show each rank its own device only; then that is number 0.
+        local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
+        if local >= devices > 1:
+            raise UserError(
+                f"rank {os.environ['RANK']} as number {local} of this machine",
+                f"it has {devices} devices",
+                f"start at most {devices} ranks here",
+            )
+        accelerator.set_device(local if devices > 1 else 0)
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     deepspeed.init_distributed(
         dist_backend=backend, timeout=timedelta(seconds=timeout), auto_mpi_discovery=False, verbose=False
