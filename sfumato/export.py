@@ -30,17 +30,19 @@ def export(run: Path, to: Path | None = None, dtype: str | None = None, weights:
         raise UserError(f"an export to {to}", "something else is there", "name another folder")
     kept = DTYPES[dtype or config.export.dtype]
     family = models.load(config.model, torch.device("cpu"), kept, torch.float32)
-    # SDXL's VAE overflows in half precision and says so in its config.
-    family.vae.to(torch.float32 if family.vae.config.force_upcast and kept == torch.float16 else kept)
+    if not (family.vae.config.force_upcast and kept == torch.float16):
+        # SDXL's VAE overflows in fp16 and says so in its config: it stays fp32.
+        with quiet():
+            family.vae.to(kept)
     objective = Objective(config.objective, family.scheduler_config)
     denoiser = family.build_denoiser()
     found = denoiser.load_state_dict({n: saved.whole(kind, n) for n in saved.parameters}, strict=False)
     assert not found.unexpected_keys, f"the checkpoint has other parameters: {found.unexpected_keys[:3]}"
     assert not set(found.missing_keys) & {n for n, _ in denoiser.named_parameters()}, "parameters are missing"
-    pipeline = family.assemble(denoiser.to(kept).eval(), objective.process.sampler_settings())
     part = to.with_name(f".{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with quiet():
+        pipeline = family.assemble(denoiser.to(kept).eval(), objective.process.sampler_settings())
         pipeline.save_pretrained(part, safe_serialization=True)
     facts = {"step": saved.step, "weights": kind, "run": config.name, "base": config.model.weights}
     (part / "sfumato.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -13,8 +13,6 @@ from sfumato import config
 from sfumato.demo import emoji
 from sfumato.models.loading import quiet, tokenizer
 
-SHIPPED = Path(__file__).parent / "base"
-"""The base model that `sfumato demo` starts from."""
 RECIPE = Path(__file__).parent / "base.toml"
 
 

@@ -9,11 +9,12 @@ from PIL import Image
 
 from sfumato import config
 from sfumato.demo import emoji, measure
-from sfumato.demo.base import SHIPPED
 from sfumato.drawings import Drawing, Sampling, grid, write
 from sfumato.sample import draw, open_pipeline
 from sfumato.train import train
 
+SHIPPED = Path(__file__).parent / "base"
+"""The base model; base.py says how it was made."""
 SETTINGS = Path(__file__).parent / "demo.toml"
 SAMPLING = Sampling(steps=20, guidance=3.0, guidance_rescale=0.7, batch_size=48)
 
@@ -40,7 +41,6 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     The concepts that are drawn were held out: the run never sees them in the new style.
     """
     start = time.perf_counter()
-    print(__doc__.split(",")[0].replace("`", ""), "- a small text-to-image model learns a new style\n")
     images = output / "demo" / "images-openmoji"
     emoji.write_images("openmoji", images, codes=emoji.tuning())
     settings = config.load(
