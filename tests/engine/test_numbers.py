@@ -77,6 +77,52 @@ def test_t17_gradient_loss_and_norm_are_those_of_plain_torch(
         assert result["norm"][0] == pytest.approx(norm, rel=1e-5 if precision == "fp32" else 5e-3)
 
 
+def own(**zero: Any) -> dict[str, Any]:
+    """A DeepSpeed key of the user's own."""
+    return {"engine__deepspeed": {"zero_optimization": zero}}
+
+
+EXTRAS: list[dict[str, Any]] = [
+    {"engine__zero_stage": 2, "engine__gradient_checkpointing": True},
+    {"engine__zero_stage": 3, "engine__gradient_checkpointing": True},
+    {"engine__zero_stage": 2, "engine__attention": "_native_math"},
+    {"engine__zero_stage": 2, **own(offload_optimizer={"device": "cpu"})},
+    {"engine__zero_stage": 2, **own(overlap_comm=True)},
+    {"engine__zero_stage": 3, **own(stage3_param_persistence_threshold=0)},
+]
+
+
+def test_t17_with_checkpointing_attention_and_deepspeeds_own_keys() -> None:
+    reference, _ = plain_gradient(torch.float32, 2)
+    jobs = [(toys.config(micro_batch_size=2, **extra), 1) for extra in EXTRAS]
+    for results in toys.on_ranks(2, jobs):
+        check_gradient(moved(results), reference, 1e-5)
+
+
+def parts_held(settings: Any) -> list[tuple[int, int]]:
+    """For each trained parameter its whole size and how much of it this rank holds before a forward pass."""
+    module = toys.make(settings).deepspeed.module
+    return [(p.ds_numel, p.ds_tensor.numel()) for p in module.parameters()]
+
+
+def test_at_stage_3_no_rank_holds_the_whole() -> None:
+    settings = toys.config(micro_batch_size=4, engine__zero_stage=3)
+    for held in run_ranks(parts_held, 2, settings):
+        assert all(part == -(-whole // 2) for whole, part in held)
+
+
+def check_mean_loss(told: float, losses: Tensor) -> None:
+    assert told == pytest.approx(float(losses.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(3, 4), slice(7, 8)])
+def test_t18_catches_one_ranks_or_one_micro_batchs_loss(rows: slice) -> None:
+    _, losses = plain_gradient(torch.float32)
+    check_mean_loss(float(losses.mean()), losses)
+    with pytest.raises(AssertionError):
+        check_mean_loss(float(losses[rows].mean()), losses)
+
+
 @pytest.mark.parametrize("wrong", ["one rank's half", "divided twice", "last micro-batch"])
 def test_t17_catches(wrong: str) -> None:
     reference, _ = plain_gradient(torch.float32)

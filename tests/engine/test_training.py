@@ -12,6 +12,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from sfumato import run
+from sfumato.config import parse
+from sfumato.data.sources import open_source
+from sfumato.engine import checkpoint
+from sfumato.errors import UserError
 from tests.engine import runs, toys
 from tests.engine.ranks import run_ranks
 
@@ -134,23 +139,23 @@ def test_zero_3_exports_what_zero_0_exports(place: Path, precision: str) -> None
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_stock_diffusers_draws_with_what_was_trained(place: Path, family: str) -> None:
-    run = train(place, name=f"drawn-{family}", family=family, preview__prompts=("a cat",), preview__steps=2)
+    left = train(place, name=f"drawn-{family}", family=family, preview__prompts=("a cat",), preview__steps=2)
     start = runs.load_file(place / family / "unet" / "diffusion_pytorch_model.safetensors")
-    assert toys.distance(runs.exported(run), start) > 1e-4, "it learned nothing"
-    pipeline = DiffusionPipeline.from_pretrained(run / "export", low_cpu_mem_usage=False)
+    assert toys.distance(runs.exported(left), start) > 1e-4, "it learned nothing"
+    pipeline = DiffusionPipeline.from_pretrained(left / "export", low_cpu_mem_usage=False)
     image = pipeline("a cat", num_inference_steps=2, output_type="pt", height=64, width=64).images
     assert image.shape == (1, 3, 64, 64) and bool(torch.isfinite(image).all())
-    assert list((run / "images" / "step-000004").glob("*.png"))
+    assert list((left / "images" / "step-000004").glob("*.png"))
 
 
 def test_step_counts_and_records(place: Path) -> None:
     """Seven pictures, batches of four in two portions, nine steps: nine lines, nine applied steps."""
-    run = train(
+    left = train(
         place, 2, name="counted", steps=9, micro_batch_size=1, checkpoint__every=4, checkpoint__keep=2
     )
-    assert [m["step"] for m in runs.metrics(run)] == list(range(1, 10))
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000008", "step-000009"]
-    assert (run / "resolved.json").exists() and (run / "environment.json").exists()
+    assert [m["step"] for m in runs.metrics(left)] == list(range(1, 10))
+    assert sorted(p.name for p in (left / "checkpoints").iterdir()) == ["step-000008", "step-000009"]
+    assert (left / "resolved.json").exists() and (left / "environment.json").exists()
 
 
 def test_from_scratch_is_the_same_at_every_stage(place: Path) -> None:
@@ -164,8 +169,24 @@ def test_from_scratch_is_the_same_at_every_stage(place: Path) -> None:
 
 
 def test_another_config_does_not_go_on_with_a_run(place: Path) -> None:
-    train(place, name="mine", steps=2)
-    for change in ({"optimizer__lr": 2e-3}, {"seed": 5}, {"batch_size": 2}, {"steps": 1}):
-        with pytest.raises(RuntimeError, match="another name"):
-            train(place, **{"name": "mine", "steps": 2, **change})
-    train(place, name="mine", steps=3, engine__zero_stage=2)
+    folder = train(place, name="mine", steps=2)
+    values = runs.settings(place, name="mine", steps=2)
+    data = open_source(parse(values).data).fingerprint
+    assert run.latest(parse(values), data) is not None
+    for change in (
+        {"optimizer__lr": 2e-3},
+        {"seed": 5},
+        {"batch_size": 2},
+        {"steps": 1},
+        {"ema__decay": 0.5},
+    ):
+        other = parse(runs.settings(place, **{"name": "mine", "steps": 2, **change}))
+        with pytest.raises(UserError, match="another name"):
+            run.latest(other, data)
+    with pytest.raises(UserError, match="the data are not those"):
+        run.latest(parse(values), "another fingerprint")
+    for harmless in ({"steps": 3}, {"engine__zero_stage": 2}, {"data__workers": 0}, {"micro_batch_size": 1}):
+        assert run.latest(parse(runs.settings(place, **{"name": "mine", "steps": 2, **harmless})), data)
+    (checkpoint.path_of(folder / "checkpoints", 2) / "rank-00000.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="damaged"):
+        run.latest(parse(values), data)

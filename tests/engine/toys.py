@@ -13,6 +13,7 @@ from sfumato.config import Config, parse
 from sfumato.engine import checkpoint, ranks
 from sfumato.engine.engine import Engine
 from sfumato.engine.weights import WeightFiles
+from sfumato.models.family import prepare
 from tests.engine.ranks import run_ranks
 
 GLOBAL = 8  # samples per optimizer step
@@ -74,7 +75,12 @@ def config(**changes: Any) -> Config:
 
 
 def make(settings: Config) -> Engine:
-    return Engine(settings, ranks.start(60), unet, start_file())
+    def build() -> UNet2DConditionModel:
+        net = unet()
+        prepare(net, settings.engine.attention, settings.engine.gradient_checkpointing)
+        return net
+
+    return Engine(settings, ranks.start(60), build, start_file())
 
 
 def one_step(engine: Engine, step: int) -> bool:
