@@ -61,6 +61,35 @@ def features(images: Tensor, batch: int = 32) -> Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def style(images: Tensor, batch: int = 32) -> Tensor:
+    """How images (N, 3, H, W) in 0..1 are drawn, not what: (N, 144).
+
+    The mean and the standard deviation over places of each channel of the network's first three feature
+    maps (stem and two blocks): edges, strokes, colours, fills. These statistics are what style transfer
+    calls style (arXiv:1703.06868). Images go in as in `features`.
+    """
+    model, parts = network(), []
+    for part in images.float().split(batch):
+        large = functional.interpolate(part, size=(SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+        maps = [functional.relu6(model._bn0(model._conv_stem((large * 255 - 127) / 128)))]
+        for block in model._blocks[:2]:
+            maps.append(block(maps[-1]))
+        parts.append(torch.cat([stat for m in maps for stat in (m.mean((2, 3)), m.std((2, 3)))], 1))
+    return torch.cat(parts)
+
+
+def style_distance(drawings: Tensor, pool: Tensor) -> float:
+    """Kernel distance of two sets of `style` points, (N, d) and (M, d), in units of the pool's own spread.
+
+    Channels that are the same in the whole pool, as those that never light up, have no such unit and are
+    left out.
+    """
+    mean, spread = pool.mean(0), pool.std(0)
+    alive = spread > 1e-4 * spread.max()
+    return kernel_distance(((drawings - mean) / spread)[:, alive], ((pool - mean) / spread)[:, alive])
+
+
 def nearest(points: Tensor, pool: Tensor) -> Tensor:
     """Index (N,) of the row of `pool` (M, d) that is closest (Euclidean) to each of `points` (N, d)."""
     return torch.cdist(points.double(), pool.double()).argmin(1)

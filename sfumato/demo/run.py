@@ -16,7 +16,7 @@ from sfumato.train import train
 SHIPPED = Path(__file__).parent / "base"
 """The base model; base.py says how it was made."""
 SETTINGS = Path(__file__).parent / "demo.toml"
-SAMPLING = Sampling(steps=20, guidance=3.0, guidance_rescale=0.7, batch_size=48)
+SAMPLING = Sampling(steps=20, guidance=2.0, batch_size=48)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Result:
     pool: int
     """Images in the base's set."""
     before: float
-    """Kernel distance of the base's drawings to the new style's set, on held-out prompts."""
+    """Style distance of the base's drawings to the new style's set, on held-out prompts."""
     after: float
     """The same of the tuned drawings."""
     seconds: float
@@ -69,9 +69,11 @@ def report(
     folder: Path, codes: list[str], before: list[Drawing], after: list[Drawing], start: float
 ) -> Result:
     """Measure the drawings of the concepts `codes`, and make the grid of the evaluation prompts."""
-    old, new = [measure.features(pixels_of(drawings)) for drawings in (before, after)]  # (N, 1280)
     everything = list(emoji.concepts())
-    noto, openmoji = [measure.features(real(style, everything)) for style in ("noto", "openmoji")]
+    real_noto, real_openmoji = real("noto", everything), real("openmoji", everything)
+    old, new = [measure.features(pixels_of(drawings)) for drawings in (before, after)]  # (N, 1280)
+    noto, openmoji = measure.features(real_noto), measure.features(real_openmoji)
+    style = measure.style(real_openmoji)
     rows = [codes.index(code) for code in emoji.evaluation_prompts()]
     own = [everything.index(codes[row]) for row in rows]
     _, found = measure.own_neighbours(old[rows], own, noto)
@@ -95,8 +97,8 @@ def report(
         picture=picture,
         own=found,
         pool=len(everything),
-        before=measure.kernel_distance(old, openmoji),
-        after=measure.kernel_distance(new, openmoji),
+        before=measure.style_distance(measure.style(pixels_of(before)), style),
+        after=measure.style_distance(measure.style(pixels_of(after)), style),
         seconds=time.perf_counter() - start,
     )
 
@@ -123,12 +125,14 @@ def beside(sheets: list[Image.Image]) -> Image.Image:
 
 def tell(result: Result) -> None:
     """Print the two figures and where the picture is."""
+    chance = emoji.PROMPTS / result.pool
     print(f"""
 {result.own} of {emoji.PROMPTS} drawings of the base have their own Noto image as nearest neighbour
-among {result.pool} (chance: {emoji.PROMPTS / result.pool:.1f} of {emoji.PROMPTS}).
-Distance of the drawings to OpenMoji's style, on {emoji.HELD_OUT} concepts that training never saw in it:
-base {result.before:.3f}, tuned {result.after:.3f}: {result.after / result.before:.0%} of the base's.
-(Nearest by Euclidean distance, distance as unbiased kernel distance (KID), both in features of
-EfficientNet-Lite0, ImageNet, at {measure.SIDE} pixels.)
+among {result.pool}, in EfficientNet-Lite0's last features (chance: {chance:.1f} of {emoji.PROMPTS}).
+
+Style distance to OpenMoji on {emoji.HELD_OUT} concepts that training never saw in it:
+base {result.before:.2f}, tuned {result.after:.2f}, which is {result.after / result.before:.0%} of the base's.
+(Unbiased kernel distance between the channel means and deviations of EfficientNet-Lite0's first
+three feature maps. 0 is the style itself.)
 
 Look at {result.picture}: base, tuned, nearest training image. It took {result.seconds:.0f} s.""")

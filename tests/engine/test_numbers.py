@@ -235,12 +235,13 @@ def test_schedules_equal_diffusers(name: str) -> None:
     from diffusers.optimization import get_scheduler
 
     weight = torch.nn.Parameter(torch.zeros(1))
-    theirs = get_scheduler(name, torch.optim.SGD([weight], lr=1.0), 0, 20, num_cycles=2, power=1.0)
+    descent = torch.optim.SGD([weight], lr=1.0)
+    theirs = get_scheduler(name, descent, num_warmup_steps=0, num_training_steps=20, num_cycles=2)
     settings = toys.config(steps=20, optimizer__schedule=name, optimizer__cycles=2)
     for step in range(20):
         expected = theirs.get_last_lr()[0]
         assert optimizer.lr_factor(settings, step) == pytest.approx(expected, abs=1e-6), step
-        theirs.optimizer.step()
+        descent.step()
         theirs.step()
 
 
