@@ -102,6 +102,9 @@ def grammar() -> argparse.ArgumentParser:
 
     command = verb(demo, "teach a small model the style of other emoji and show it; needs sfumato[demo]")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of its run, as steps=20")
+    command.add_argument(
+        "--rebuild-base", type=Path, metavar="FOLDER", help="instead make its base model anew, for hours"
+    )
 
     command = verb(tiny, "write a family's random toy model, to try things out")
     command.add_argument("family", help="such as sd or sdxl")
@@ -237,6 +240,11 @@ def demo(arguments: argparse.Namespace) -> int:
     """Run the demonstration."""
     if arguments.real:
         tuning.restart()
+    if arguments.rebuild_base is not None:
+        from sfumato.demo.base import rebuild
+
+        print(rebuild(arguments.rebuild_base))
+        return 0
     from sfumato.demo.run import demo as run
 
     run(overrides=tuple(arguments.overrides))

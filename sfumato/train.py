@@ -1,5 +1,6 @@
 """The loop: the order of events, and no arithmetic."""
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -43,19 +44,19 @@ def train(config: Config) -> Path:
     loader = Loader(config, plan.source, family.latent_channels, family.vae_factor, place.rank, place.world)
     facts = {"config": config.model_dump(mode="json"), "data": plan.source.fingerprint}
 
-    clock = Clock()
-    lines = config.folder / "metrics.jsonl"
-    with Progress(
-        lines, config.steps, config.batch_size, start=engine.step_count, first=place.first
-    ) as progress:
-        for batches in clock.timed(loader.steps_from(engine.step_count)):
-            if engine.step_count == config.steps:
-                break
+    lines, clock = config.folder / "metrics.jsonl", Clock()
+    with (
+        Progress(lines, config.steps, config.batch_size, start=engine.step_count, first=place.first) as told,
+        closing(loader.steps_from(engine.step_count)) as steps,
+    ):
+        while engine.step_count < config.steps:
+            with clock.waiting():
+                batches = next(steps)
             while not optimizer_step(engine, family, method, objective, batches):
                 engine.explain_skip(torch.cat([batch.ids for batch in batches]))
             if due(engine, config.log.every):
-                progress.step(engine.step_count, engine.metrics() | {"data_seconds": clock.take()})
-            with progress.aside():
+                told.step(engine.step_count, engine.metrics() | {"data_seconds": clock.take()})
+            with told.aside():
                 if due(engine, config.checkpoint.every):
                     checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
                 if config.preview.prompts and due(engine, config.preview.every):

@@ -1,28 +1,24 @@
 """How long the loop waited for data."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
-from typing import TypeVar
-
-Item = TypeVar("Item")
 
 
 class Clock:
-    """Adds up the seconds in which an iterator kept its reader waiting."""
+    """Adds up the seconds that are spent within `waiting`."""
 
     def __init__(self) -> None:
         self.waited = 0.0
 
-    def timed(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The same items."""
-        while True:
-            start = perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it time counts as waited."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
             self.waited += perf_counter() - start
-            yield item
 
     def take(self) -> float:
         """The seconds since the last call."""

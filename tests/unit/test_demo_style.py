@@ -1,4 +1,4 @@
-"""The style distance sees how things are drawn and not what, and the shipped base model is what is claimed."""
+"""The style distance sees how things are drawn and not what; the shipped base is what is claimed."""
 
 from pathlib import Path
 
