@@ -8,6 +8,7 @@ import atexit
 import signal
 from collections.abc import Generator, Iterator
 from math import ceil
+from multiprocessing import active_children
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from sfumato.data.transforms import prepare, upright_rgb
 from sfumato.errors import UserError
 
 Wanted = tuple[np.ndarray, np.ndarray]  # ids (B,) and visits (B,), both int64
+STUCK = 5.0  # seconds for a killed worker to be gone
 MOST_AHEAD = 64  # micro-batches made ahead; each waits as ten open files, of which 1024 are usual
 
 
@@ -130,7 +132,7 @@ class Loader:
         Raises UserError for an unreadable image, and when the workers die or are too slow.
         """
         pinned = torch.accelerator.is_available()
-        batches: Any = iter(self.torch_loader(step, pinned))
+        batches = self.begin(step, pinned)
 
         def stop() -> None:
             end_workers(batches)
@@ -144,6 +146,21 @@ class Loader:
         finally:
             atexit.unregister(stop)
             stop()
+
+    def begin(self, step: int, pinned: bool) -> Any:
+        """torch's iterator, its workers started and at work; UserError if one dies before all are."""
+        others = set(active_children())
+        try:
+            return iter(self.torch_loader(step, pinned))
+        except RuntimeError as error:
+            found = str(error)
+            if not found.startswith("DataLoader"):
+                raise
+        # With its error gone torch's half-made iterator is gone too, and has let go of its workers.
+        for worker in set(active_children()) - others:
+            worker.kill()
+            worker.join(STUCK)
+        raise self.late(step, 0, found)
 
     def torch_loader(self, step: int, pinned: bool) -> DataLoader[Any]:
         """torch's loader over this rank's micro-batches."""

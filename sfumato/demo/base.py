@@ -1,8 +1,8 @@
 """The demo's base model: how it is made, from nothing, with our own commands.
 
-`sfumato demo --rebuild-base FOLDER` runs `rebuild`: autoencoder, text encoder, the denoiser by `sfumato train`
-on base.toml, and last the autoencoder's decoder a while longer, which leaves the latents as they are. About two
-hours on two cores. The result, FOLDER/base, ships as sfumato/demo/base.
+`sfumato demo --rebuild-base FOLDER` runs `rebuild`: autoencoder, text encoder, the denoiser by
+`sfumato train` on base.toml, and last the autoencoder's decoder a while longer, which leaves the latents as
+they are. About two hours on two cores. The result, FOLDER/base, ships as sfumato/demo/base.
 """
 
 import shutil
@@ -46,8 +46,8 @@ def rebuild(folder: Path) -> Path:
     finished = folder / "base"
     shutil.rmtree(finished, ignore_errors=True)
     shutil.copytree(trained, finished)
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        shutil.copy(sharp / name, finished / "vae" / name)
+    weights = "diffusion_pytorch_model.safetensors"
+    shutil.copy(sharp / weights, finished / "vae" / weights)
     return finished
 
 
