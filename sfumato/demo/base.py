@@ -5,15 +5,17 @@
 they are. About two hours on two cores. The result, FOLDER/base, ships as sfumato/demo/base.
 """
 
+import json
 import shutil
 from pathlib import Path
-
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
 
 from sfumato import config
 from sfumato.demo import emoji
 from sfumato.models.loading import quiet, tokenizer
+
+with quiet():  # transformers warns about a torchvision that it does not need
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
 RECIPE = Path(__file__).parent / "base.toml"
 AUTOENCODER_STEPS, DECODER_STEPS = 1200, 2000
@@ -48,6 +50,11 @@ def rebuild(folder: Path) -> Path:
     shutil.copytree(trained, finished)
     weights = "diffusion_pytorch_model.safetensors"
     shutil.copy(sharp / weights, finished / "vae" / weights)
+    # What ships names no folder of the machine that it was made on.
+    (finished / "sfumato.json").unlink()
+    settings = finished / "vae" / "config.json"
+    facts = {key: value for key, value in json.loads(settings.read_text()).items() if key != "_name_or_path"}
+    settings.write_text(json.dumps(facts, indent=2) + "\n")
     return finished
 
 
