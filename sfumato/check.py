@@ -20,7 +20,7 @@ from typing import Any
 
 from sfumato.config import Config
 from sfumato.data.sources import Source, open_source
-from sfumato.engine.ds_config import OWNED, accumulation, ds_config
+from sfumato.engine.ds_config import OWNED, ds_config
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine, learned, weight_files
 
@@ -86,7 +86,7 @@ def check(config: Config, world: int, accelerator: str) -> Plan:
     faults: list[UserError] = []
     steps, facts, source, parameters = 0, None, None, None
     with noted(faults):
-        steps = accumulation(config, world)
+        steps = config.accumulation(world)
     with noted(faults):
         check_precision(config, accelerator)
     faults += deepspeed_faults(config.engine.deepspeed)

@@ -290,6 +290,17 @@ class Config(Section):
         """The learning rate after warm-up."""
         return self.optimizer.lr * (self.batch_size if self.optimizer.scale_lr else 1)
 
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per rank and optimizer step on `world` ranks; UserError if it is not whole."""
+        share = self.micro_batch_size * world
+        if self.batch_size % share:
+            raise UserError(
+                f"batch_size = {self.batch_size}, micro_batch_size = {self.micro_batch_size}, {world} ranks",
+                f"one pass over all ranks takes {share} samples, which does not divide {self.batch_size}",
+                f"set batch_size to a multiple of {share}, or take a smaller micro_batch_size",
+            )
+        return self.batch_size // share
+
     @model_validator(mode="after")
     def _whole(self) -> "Config":
         if self.batch_size % self.micro_batch_size:

@@ -105,15 +105,8 @@ class Loader:
     ) -> None:
         """Raises UserError where the batch cannot be cut into equal micro-batches for all ranks."""
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        share = config.micro_batch_size * world
-        if config.batch_size % share:
-            raise UserError(
-                f"batch_size = {config.batch_size} with micro_batch_size = {config.micro_batch_size}",
-                f"{world} ranks, which read {share} samples at a time",
-                f"choose a batch_size that is a multiple of {share}, or a smaller micro_batch_size",
-            )
         self.config, self.source, self.rank, self.world = config, source, rank, world
-        self.accumulation = config.batch_size // share
+        self.accumulation = config.accumulation(world)
         self.samples = Samples(config, source, latent_channels, vae_factor)
 
     def wanted(self, step: int) -> Iterator[Wanted]:

@@ -33,18 +33,6 @@ OWNED: dict[str, str] = {
 """DeepSpeed keys that a setting of ours decides: dotted DeepSpeed key -> our setting's name."""
 
 
-def accumulation(config: Config, world: int) -> int:
-    """Micro-batches per rank and optimizer step."""
-    per_pass = config.micro_batch_size * world
-    if config.batch_size % per_pass:
-        raise UserError(
-            f"batch_size = {config.batch_size}, micro_batch_size = {config.micro_batch_size}, {world} ranks",
-            f"one pass over all ranks takes {per_pass} samples, which does not divide {config.batch_size}",
-            f"set batch_size to a multiple of {per_pass}",
-        )
-    return config.batch_size // per_pass
-
-
 def autocast(config: Config) -> bool:
     """Whether the weights stay fp32 and torch casts the arithmetic.
 
@@ -56,7 +44,7 @@ def autocast(config: Config) -> bool:
 
 def ds_config(config: Config, world: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a run on `world` ranks."""
-    engine, steps = config.engine, accumulation(config, world)
+    engine, steps = config.engine, config.accumulation(world)
     low = engine.precision != "fp32" and not autocast(config)
     # Sums over many micro-batches lose digits in half precision; with one there is nothing to sum.
     fp32_sums = low and steps > 1

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfumato.config import Config
 from sfumato.engine import optimizer, shards
-from sfumato.engine.ds_config import accumulation, autocast, ds_config
+from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.weights import WeightFiles
 from sfumato.errors import UserError
@@ -45,7 +45,7 @@ class Engine:
         Raises UserError if the weights are not the module's.
         """
         self.config, self.ranks = config, ranks
-        self.accumulation = accumulation(config, ranks.world)
+        self.accumulation = config.accumulation(ranks.world)
         self.autocast = autocast(config)
         self.dtype = torch.float32 if self.autocast else DTYPES[config.engine.precision]
         self.step_count = 0
