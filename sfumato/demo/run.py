@@ -1,5 +1,7 @@
 """`sfumato demo`: the main job, small but real, and two honest figures about it."""
 
+import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,16 +9,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sfumato import config
+from sfumato import config, launch
 from sfumato.demo import emoji, measure
 from sfumato.drawings import Drawing, Sampling, grid, write
 from sfumato.sample import draw, open_pipeline
-from sfumato.train import train
+from sfumato.tuning import has_accelerator
 
 SHIPPED = Path(__file__).parent / "base"
 """The base model; base.py says how it was made."""
 SETTINGS = Path(__file__).parent / "demo.toml"
 SAMPLING = Sampling(steps=20, guidance=2.0, batch_size=48)
+MOST_RANKS = 4
+"""Ranks that train on a CPU, at most: each holds about a gigabyte, and the batch is cut among them."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,44 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     start = time.perf_counter()
     images = output / "demo" / "images-openmoji"
     emoji.write_images("openmoji", images, codes=emoji.tuning())
-    settings = config.load(
-        SETTINGS, [f"output={output}", f"model.weights={base}", f"data.source={images}", *overrides]
-    )
+    wishes = [f"output={output}", f"model.weights={base}", f"data.source={images}"]
+    wishes = [*shares(), *wishes, *overrides]
+    settings = config.load(SETTINGS, wishes)
     held = {code: emoji.concepts()[code] for code in emoji.held_out()}
     print(f"The base draws {len(held)} concepts, as it learned them in the style of Noto ...")
     before = drawn(base, list(held.values()))
     print(f"\nTraining on {len(emoji.tuning())} other concepts in the style of OpenMoji:")
-    tuned = train(settings)
+    tuned = trained(settings, wishes)
     print("\nThe tuned model draws the same concepts ...")
     after = drawn(tuned, list(held.values()))
     write(after, settings.folder / "drawings")
     result = report(settings.folder, list(held), before, after, start)
     tell(result)
     return result
+
+
+def shares() -> list[str]:
+    """The setting that gives every core of a CPU a rank of its own."""
+    return [f"micro_batch_size={config.load(SETTINGS).batch_size // ranks()}"]
+
+
+def ranks() -> int:
+    """As many as the cores of a CPU, for one rank of two threads is slower than two of one; else one."""
+    cores = 1 if has_accelerator(os.environ) else len(os.sched_getaffinity(0))
+    return max(count for count in (1, 2, MOST_RANKS) if count <= cores)
+
+
+def trained(settings: config.Config, wishes: list[str]) -> Path:
+    """Run the command `sfumato train`, as any user does, and return the exported model's folder.
+
+    Raises SystemExit with the command's exit code if it fails; it has told why.
+    """
+    words = ["train", str(SETTINGS), *wishes, "--gpus", str(ranks())]
+    print("$ sfumato", *words, flush=True)
+    code = launch.run([sys.executable, "-m", "sfumato", *words], ranks(), settings.folder / "logs")
+    if code:
+        raise SystemExit(code)
+    return settings.folder / "export"
 
 
 def drawn(model: Path, prompts: list[str]) -> list[Drawing]:
