@@ -67,10 +67,14 @@ def clean() -> Iterator[None]:
         process.kill()
 
 
-def sleeping(process: subprocess.Popen[str]) -> None:
-    """Wait until rank 0, whose output is the supervisor's, is at work."""
+def sleeping(process: subprocess.Popen[str], logs: Path) -> None:
+    """Wait until rank 0, whose output is the supervisor's, and rank 1 are at work."""
     assert process.stdout is not None
     assert process.stdout.readline() == "sleeping\n"
+    end = time.monotonic() + 30
+    while "sleeping" not in (logs / "rank-1.log").read_text():
+        assert time.monotonic() < end, "rank 1 does not come to work"
+        time.sleep(0.05)
 
 
 def test_all_is_well(tmp_path: Path) -> None:
@@ -124,7 +128,7 @@ def test_a_crash_in_native_code_shows_its_stack(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
     process = begin("sleep", tmp_path)
-    sleeping(process)
+    sleeping(process, tmp_path)
     process.send_signal(number)
     code, _, err = finish(process, 10)
     assert code == 128 + number
@@ -133,7 +137,7 @@ def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
 
 def test_ranks_may_save_before_they_end(tmp_path: Path) -> None:
     process = begin("saves", tmp_path)
-    sleeping(process)
+    sleeping(process, tmp_path)
     while "sleeping" not in (tmp_path / "rank-1.log").read_text():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -144,7 +148,7 @@ def test_ranks_may_save_before_they_end(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
     process = begin("deaf", tmp_path)
-    sleeping(process)
+    sleeping(process, tmp_path)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
@@ -154,7 +158,7 @@ def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
 
 def test_ranks_end_with_a_killed_supervisor(tmp_path: Path) -> None:
     process = begin("saves", tmp_path)
-    sleeping(process)
+    sleeping(process, tmp_path)
     process.kill()
     process.wait(10)
     end = time.monotonic() + 10
@@ -165,7 +169,7 @@ def test_ranks_end_with_a_killed_supervisor(tmp_path: Path) -> None:
 
 def test_a_closed_pipe_does_not_stop_a_run(tmp_path: Path) -> None:
     process = begin("saves", tmp_path)
-    sleeping(process)
+    sleeping(process, tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     process.send_signal(signal.SIGTERM)
