@@ -3,42 +3,29 @@
     plan = check(config, world=8, accelerator="cuda")
     print(plan)
 
-A plan has already opened what it looked at: `plan.facts` and `plan.source` need not be read again.
+A plan has already opened what it looked at: its facts, index and cells need not be read again.
 """
 
 import contextlib
-import difflib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from sfumato.config import Config
-from sfumato.data.sources import Source, open_source
-from sfumato.engine.ds_config import OWNED, ds_config
+from sfumato.data.buckets import Cells, reason
+from sfumato.data.index import Index, open_index
+from sfumato.engine.ds_keys import check_nested_keys, deepspeed_faults
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine, learned, weight_files
 
-# DeepSpeed 0.19.8 reads these top-level keys; others it ignores without a word. A test compares the two.
-DEEPSPEED_KEYS = frozenset(
-    """
-    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
-    communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
-    datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel flops_profiler
-    fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown
-    optimizer pipeline prescale_gradients scheduler seq_parallel_communication_data_type
-    steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
-    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization
-    """.split()
-)
+IMAGES = ("images", "both")
+"""Values of data.cache that encode images."""
 STATES = {"adamw": 2, "sgd": 0}
 """fp32 numbers that an optimizer keeps for each weight, in a checkpoint too."""
 
@@ -52,7 +39,8 @@ class Plan:
     accelerator: str
     accumulation: int
     facts: Facts
-    source: Source
+    index: Index
+    cells: Cells
     parameters: int | None
     """Trained weights; None where they start from random numbers."""
 
@@ -61,30 +49,65 @@ class Plan:
         config, facts = self.config, self.facts
         size = f", {self.parameters / 1e6:,.1f} M weights" if self.parameters else ""
         yield "model", f"{facts.family} from {facts.folder}: {learned(facts.components)}{size}"
-        yield "images", f"{len(self.source):,} from {config.data.source}, at {config.data.resolution} pixels"
+        yield from self.data_lines()
         yield (
             "batch",
             f"{config.batch_size} = {config.micro_batch_size} on {self.world} {self.accelerator} "
             f"rank{'s' * (self.world > 1)}, {self.accumulation} time{'s' * (self.accumulation > 1)}",
         )
-        epochs = config.steps * config.batch_size / len(self.source)
-        yield "steps", f"{config.steps:,}, which see each image {epochs:,.1f} times"
+        epoch = float(sum(self.visits()))
+        epochs = config.steps * config.batch_size / epoch
+        yield "steps", f"{config.steps:,}, which are {epochs:,.2f} epochs of {epoch:,.0f} samples"
         yield "numbers", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"
         room = checkpoint_bytes(config, self.parameters or 0)
         yield "folder", f"{config.folder}" + (f" (a checkpoint takes {room / 1e9:,.2f} GB)" if room else "")
+
+    def data_lines(self) -> Iterator[tuple[str, str]]:
+        """What is known of the images."""
+        data, parts = self.config.data, self.index.parts
+        yield "images", self.index.where()
+        visits = self.visits()
+        for part, number in zip(parts, visits, strict=True) if len(parts) > 1 else ():
+            yield "", f"{float(number / sum(visits)):.1%} of the visits to the {part.count:,} of {part.name}"
+        sizes = [f"{wide}x{high}" for high, wide in self.cells.sizes]
+        if len(sizes) > 1:
+            yield "buckets", f"{len(sizes)}, from {sizes[0]} to {sizes[-1]}"
+        else:
+            yield "size", f"{sizes[0]} pixels"
+        small = int((self.cells.counts.sum(1) < self.config.batch_size).sum())
+        if small:
+            yield "", f"of {small} there are fewer images than a batch holds, which then shows some twice"
+        if faults := self.index.facts["faults"]:
+            yield "faults", f"{faults:,} unusable, as listed in {self.index.folder / 'faults.jsonl'}"
+        if unplaced := len(self.cells.unplaced):
+            yield "", f"{unplaced:,} without a bucket: {reason(data)}"
+        if data.cache != "none":
+            yield "cache", f"{data.cache}, in {data.store}"
+
+    def visits(self) -> list[Fraction]:
+        """Samples of each part in an epoch."""
+        placed = self.cells.counts.sum(0).tolist()
+        return [part.repeats * count for part, count in zip(self.index.parts, placed, strict=True)]
 
     def __str__(self) -> str:
         return "\n".join(f"{heading:>8}  {text}" for heading, text in self.lines())
 
 
-def check(config: Config, world: int, accelerator: str) -> Plan:
+def check(
+    config: Config,
+    world: int,
+    accelerator: str,
+    verify: bool = True,
+    tell: Callable[[str], None] | None = None,
+) -> Plan:
     """Look at everything that does not need a model.
 
     world: ranks, over all machines. accelerator: DeepSpeed's name for it, such as "cpu" or "cuda".
+    verify: see whether the data have changed since they were indexed. tell: hears of long work.
     Raises one UserError with all that was found.
     """
     faults: list[UserError] = []
-    steps, facts, source, parameters = 0, None, None, None
+    steps, facts, index, cells, parameters = 0, None, None, None, None
     with noted(faults):
         steps = config.accumulation(world)
     with noted(faults):
@@ -97,20 +120,22 @@ def check(config: Config, world: int, accelerator: str) -> Plan:
         facts = examine(config.model)
     if facts is not None:
         with noted(faults):
-            facts.check_resolution(config.data.resolution)
+            check_sizes(config, facts)
         with noted(faults):
             check_objective(config, facts)
         if not config.model.from_scratch:
             parameters = count(weight_files(facts.folder, learned(facts.components), config.model.variant))
     with noted(faults):
-        source = open_source(config.data)
-        source.image(0)
+        check_views(config)
+        index = open_index(config.data, digests=config.data.cache in IMAGES, verify=verify, tell=tell)
+        index.check_faults(config.data)
+        cells = Cells.build(index.folder, config.data, index.sizes, index.part, len(index.parts))
     with noted(faults):
         check_folder(config, parameters or 0)
     if faults:
         raise joined(faults, f'the run "{config.name}"')
-    assert facts is not None and source is not None, "a part is missing, yet nothing was found wrong"
-    return Plan(config, world, accelerator, steps, facts, source, parameters)
+    assert facts and index and cells, "a part is missing, yet nothing was found wrong"
+    return Plan(config, world, accelerator, steps, facts, index, cells, parameters)
 
 
 @contextlib.contextmanager
@@ -130,6 +155,38 @@ def joined(faults: Sequence[UserError], asked: str) -> UserError:
     return UserError(asked, "\n       ".join(lines), f"mend these {len(faults)}")
 
 
+def check_sizes(config: Config, facts: Facts) -> None:
+    """Raise UserError for a side that the VAE or the denoiser cannot take."""
+    data = config.data
+    if data.buckets is None:
+        for side in data.resolutions:
+            facts.check_resolution(side)
+    elif data.buckets.sizes:
+        for side in (side for size in data.buckets.sizes for side in size):
+            facts.check_resolution(side, "data.buckets.sizes with the side")
+    else:
+        facts.check_resolution(data.buckets.step, "data.buckets.step")
+
+
+def check_views(config: Config) -> None:
+    """Raise UserError for a cache of what is drawn anew at each visit."""
+    data = config.data
+    if data.views is not None:
+        return
+    if data.cache in IMAGES and not data.center_crop:
+        raise UserError(
+            f'data.cache = "{data.cache}"',
+            "crops are drawn anew at each visit, so that no encoded image could be used twice",
+            "set data.center_crop = true, or data.views to the number of crops of an image to encode",
+        )
+    if data.cache in ("captions", "both") and (data.tags.shuffle or data.tags.dropout):
+        raise UserError(
+            f'data.cache = "{data.cache}" with [data.tags]',
+            "tags are drawn anew at each visit, so that no encoded caption could be used twice",
+            "set data.views to the number of captions of an image to encode",
+        )
+
+
 def check_precision(config: Config, accelerator: str) -> None:
     """Raise UserError for the cells of precision, stage and device that DeepSpeed cannot do right."""
     engine = config.engine
@@ -143,55 +200,6 @@ def check_precision(config: Config, accelerator: str) -> None:
             "DeepSpeed gives no fp32 weights to average, save or export there",
             "set engine.zero_stage = 1, which costs nothing more",
         )
-
-
-def deepspeed_faults(theirs: Mapping[str, Any]) -> list[UserError]:
-    """Keys of [engine.deepspeed] that a setting of ours decides, or that DeepSpeed would ignore."""
-    faults = []
-    for key in theirs:
-        if key not in DEEPSPEED_KEYS and key not in OWNED:
-            near = difflib.get_close_matches(key, DEEPSPEED_KEYS - OWNED.keys(), 1)
-            do = (
-                f"did you mean {near[0]}?"
-                if near
-                else "remove it, or see DeepSpeed's configuration reference"
-            )
-            faults.append(UserError(f"[engine.deepspeed] {key}", "DeepSpeed does not know this key", do))
-    for name, value in dotted(theirs):
-        if name in OWNED:
-            ours = OWNED[name]
-            faults.append(
-                UserError(
-                    f"[engine.deepspeed] {name} = {value!r}", f"{ours} decides that", f"set {ours} instead"
-                )
-            )
-    return faults
-
-
-def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All keys of nested tables with their values, tables included."""
-    for key, value in table.items():
-        yield prefix + key, value
-        if isinstance(value, Mapping):
-            yield from dotted(value, f"{prefix}{key}.")
-
-
-def check_nested_keys(config: Config, world: int) -> None:
-    """Let DeepSpeed's own models read the user's keys; what they refuse is a UserError."""
-    # The import takes seconds, and few runs have such keys.
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    settings = ds_config(config, world)
-    # DeepSpeed would compare it with the ranks of a group that does not exist yet.
-    del settings["train_batch_size"]
-    try:
-        DeepSpeedConfig(settings)
-    except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
-        raise UserError(
-            f"[engine.deepspeed] with the keys {', '.join(config.engine.deepspeed)}",
-            f"DeepSpeed refuses them: {error}",
-            "mend them as DeepSpeed's configuration reference says",
-        ) from None
 
 
 def check_objective(config: Config, facts: Facts) -> None:

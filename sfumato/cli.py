@@ -85,6 +85,14 @@ def grammar() -> argparse.ArgumentParser:
         )
         command.add_argument("--gpus", type=positive, metavar="N", help="start N ranks on this machine")
 
+    command = verb(cache, "encode images and captions before training, once for all runs that share them")
+    command.add_argument("config", nargs="?", help="a TOML file, or a preset's name")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.cache=both")
+    command.add_argument("--gpus", type=positive, metavar="N", help="share the work among N ranks")
+    command.add_argument(
+        "--prune", type=Path, metavar="STORE", help="instead free what no run needs whose folder is there"
+    )
+
     command = verb(sample, "draw pictures with a trained model, or any diffusers folder")
     sampling_options(command)
 
@@ -151,6 +159,27 @@ def train(arguments: argparse.Namespace) -> int:
         from sfumato import train as loop
 
         loop.train(settings)
+    return code or 0
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    """Encode what a run reads from the store, or free what none reads."""
+    if arguments.prune is not None:
+        if not arguments.prune.is_dir():
+            raise UserError(f"--prune {arguments.prune}", "no such folder", "name a run's data.store")
+        from sfumato import cache as work
+
+        records, freed = work.prune(arguments.prune)
+        print(f"freed {records:,} records, {freed / 1e9:,.2f} GB")
+        return 0
+    if arguments.config is None:
+        raise UserError("sfumato cache", "no config", "name the config whose data are to be encoded")
+    settings = config.load(arguments.config, arguments.overrides)
+    code = as_ranks(arguments, settings.folder / "logs")
+    if code is None:
+        from sfumato import cache as work
+
+        print(work.encode(settings))
     return code or 0
 
 

@@ -24,15 +24,16 @@ def page() -> str:
     return HEAD + "".join(chapter(Config, ""))
 
 
-def chapter(section: type[BaseModel], path: str) -> Iterator[str]:
+def chapter(section: type[BaseModel], path: str, title: str = "") -> Iterator[str]:
     """The settings of one table as lines of Markdown, then its inner tables."""
     about = (section.__doc__ or "").strip()
-    yield f"\n## {f'[{path}]' if path else 'Top of the file'}\n\n{about}\n\n{COLUMNS}"
-    inner: list[tuple[str, type[BaseModel]]] = []
+    yield f"\n## {title or 'Top of the file'}\n\n{about}\n\n{COLUMNS}"
+    inner: list[tuple[str, type[BaseModel], str]] = []
     for name, field in section.model_fields.items():
         below = f"{path}.{name}" if path else name
         tables = sections(field.annotation)
-        inner += [(below, table) for table in tables]
+        several = get_origin(field.annotation) is tuple
+        inner += [(below, table, f"[[{below}]]" if several else f"[{below}]") for table in tables]
         if not tables or len(tables) > 1:
             cells = (
                 f"`{name}`",
@@ -41,8 +42,8 @@ def chapter(section: type[BaseModel], path: str) -> Iterator[str]:
                 " ".join((field.description or "").split()),
             )
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-    for below, table in inner:
-        yield from chapter(table, below)
+    for below, table, heading in inner:
+        yield from chapter(table, below, heading)
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from sfumato import methods, models, run
-from sfumato.check import check
+from sfumato import methods, run, start
+from sfumato.cache import fill
 from sfumato.config import Config
 from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader
-from sfumato.engine import checkpoint, ranks
+from sfumato.engine import checkpoint
 from sfumato.engine.engine import DTYPES, Engine
 from sfumato.engine.weights import starting
 from sfumato.export import export
@@ -27,12 +27,12 @@ def train(config: Config) -> Path:
 
     Returns the folder of the exported model. All ranks call it together.
     """
-    place = ranks.start(config.engine.timeout)
-    plan = check(config, place.world, place.device.type)
-    saved = run.latest(config, plan.source.fingerprint)
+    place, plan = start.begin(config)
+    saved = run.latest(config, plan.index.fingerprint)
     if place.first:
         run.write_records(config, place.world, str(place.device))
-    family = models.load(config.model, place.device, *frozen_dtypes(config))
+    family = start.load_family(config, place)
+    cached = fill(config, plan.index, plan.cells, family, place) if config.data.cache != "none" else None
     if config.engine.attention is not None:
         family.try_attention(config.engine.attention, DTYPES[config.engine.precision])
     method = methods.build(config, family)
@@ -41,8 +41,9 @@ def train(config: Config) -> Path:
     engine = Engine(config, place, method.build, weights)
     if saved is not None:
         checkpoint.load(engine, saved)
-    loader = Loader(config, plan.source, family.latent_channels, family.vae_factor, place.rank, place.world)
-    facts = {"config": config.model_dump(mode="json"), "data": plan.source.fingerprint}
+    latent = family.latent_channels, family.vae_factor
+    loader = Loader(config, plan.index, plan.cells, *latent, cached, place.rank, place.world)
+    facts = {"config": config.model_dump(mode="json"), "data": plan.index.fingerprint}
 
     lines, clock = config.folder / "metrics.jsonl", Clock()
     with (
@@ -55,7 +56,9 @@ def train(config: Config) -> Path:
             while not optimizer_step(engine, family, method, objective, batches):
                 engine.explain_skip(torch.cat([batch.ids for batch in batches]))
             if due(engine, config.log.every):
-                told.step(engine.step_count, engine.metrics() | {"data_seconds": clock.take()})
+                told.step(
+                    engine.step_count, engine.metrics() | {"data_seconds": clock.take(), "faults": loader.bad}
+                )
             with told.aside():
                 if due(engine, config.checkpoint.every):
                     checkpoint.save(engine, config.folder / "checkpoints", facts, config.checkpoint.keep)
@@ -90,15 +93,6 @@ def due(engine: Engine, every: int) -> bool:
     return engine.step_count % every == 0 or engine.step_count == engine.config.steps
 
 
-def frozen_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
-    """Arithmetic of the frozen text encoders and of the frozen VAE, which never runs in fp16."""
-    precision = config.engine.precision
-    vae = config.model.vae_dtype
-    if vae == "auto":
-        vae = "bf16" if precision == "bf16" else "fp32"
-    return DTYPES[precision], DTYPES[vae]
-
-
 def preview(engine: Engine, family: Family, objective: Objective) -> None:
     """Draw the preview's prompts with the weights of now, on all ranks together."""
     config, wanted = engine.config, engine.config.preview
@@ -107,7 +101,7 @@ def preview(engine: Engine, family: Family, objective: Objective) -> None:
             family.assemble(module, objective.process.sampler_settings()),
             wanted.prompts,
             [wanted.seed],
-            Sampling(steps=wanted.steps, guidance=wanted.guidance, size=config.data.resolution),
+            Sampling(steps=wanted.steps, guidance=wanted.guidance, size=max(config.data.resolutions)),
             family=family,
             model=f"{config.name}, step {engine.step_count}",
             rank=engine.ranks.rank,

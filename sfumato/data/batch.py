@@ -2,9 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Fault(NamedTuple):
+    """A record that could not be used, and why."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -12,7 +20,7 @@ class Draws:
     """The random numbers of a batch's samples, drawn by the loader; latents are (c, h, w)."""
 
     posterior: Tensor
-    """(B, c, h, w) fp32, N(0, 1): picks a latent from the VAE's Gaussian."""
+    """(B, c, h, w) fp32, N(0, 1): picks a latent from the VAE's Gaussian; 0 picks its mean."""
     noise: Tensor
     """(B, c, h, w) fp32, N(0, 1): the diffusion noise."""
     timestep: Tensor
@@ -32,33 +40,36 @@ class Draws:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one micro-batch."""
+    """The samples of one micro-batch, all of one size. Pixels or moments are there, whichever is at hand."""
 
     ids: Tensor
-    """(B,) int64: the samples' numbers in the source."""
+    """(B,) int64: the samples' numbers in the index."""
     visits: Tensor
     """(B,) int64: how often each came before."""
-    pixels: Tensor
-    """(B, 3, H, W) fp32 in [-1, 1]."""
     captions: list[str]
-    """B captions, each chosen among its picture's."""
+    """B captions, as each visit draws them; those of dropped samples are not used."""
     dropped: Tensor
     """(B,) bool: the samples that train the unconditional model."""
     size_and_crop: Tensor
     """(B, 6) fp32, pixels: original height, width, crop top, left, target height, width."""
     draws: Draws
+    pixels: Tensor | None = None
+    """(B, 3, H, W) fp32 in [-1, 1]; None where the moments are read from the cache."""
+    moments: Tensor | None = None
+    """(B, 2c, h, w): mean and log-variance of the VAE's Gaussian, or (B, c, h, w): its mean alone."""
+    text: dict[str, Tensor] | None = None
+    """The encoded captions, B rows each, dropped ones in place; None where they are not cached."""
+    hint: Tensor | None = None
+    """(B, 3, H, W) fp32 in [0, 1]: the conditioning images, cut as the pixels are."""
+    faults: tuple[Fault, ...] = ()
+    """Records that could not be read; others stand in for them, with the randomness that was theirs."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor changed."""
-        return replace(
-            self,
-            ids=change(self.ids),
-            visits=change(self.visits),
-            pixels=change(self.pixels),
-            dropped=change(self.dropped),
-            size_and_crop=change(self.size_and_crop),
-            draws=self.draws.map(change),
-        )
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        text = None if self.text is None else {name: change(rows) for name, rows in self.text.items()}
+        changed: Any = {name: change(value) for name, value in plain.items()}
+        return replace(self, **changed, text=text, draws=self.draws.map(change))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; from pinned memory the copy does not wait."""

@@ -9,9 +9,11 @@ import numpy as np
 
 # The streams of a sample. A number, once given, is never given to another purpose: a new stream then
 # changes no older one, and an old run can be repeated.
-CROP, FLIP, CAPTION, DROPOUT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION = range(1, 10)
+CROP, FLIP, CAPTION, DROPOUT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, TAGS = range(1, 11)
 # The stream of the whole data set: the order of an epoch.
 ORDER = 64
+BATCHES = 65  # which bucket a step takes
+MIXED = 66  # the parts of a bucket, one among the other
 
 
 def bits(seed: int, sample: int, visit: int, stream: int) -> np.random.Philox:

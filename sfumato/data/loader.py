@@ -1,94 +1,33 @@
 """Batches for the training loop, made ahead of time by worker processes.
 
-What a batch holds depends on (source, config, step) alone: not on the number of workers or ranks, nor on
+What a batch holds depends on (data, config, step) alone: not on the number of workers or ranks, nor on
 where a run was resumed.
 """
 
 import atexit
+import json
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from math import ceil
 from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from sfumato.config import Config
-from sfumato.data import draws
-from sfumato.data.batch import Batch, Draws
-from sfumato.data.order import batch_at, slice_of
-from sfumato.data.sources import Source
-from sfumato.data.transforms import prepare, upright_rgb
+from sfumato.data.batch import Batch, Fault
+from sfumato.data.buckets import Cells
+from sfumato.data.cached import Cached
+from sfumato.data.index import Index
+from sfumato.data.order import Order, slice_of
+from sfumato.data.samples import Samples, Wanted
 from sfumato.errors import UserError
 
-Wanted = tuple[np.ndarray, np.ndarray]  # ids (B,) and visits (B,), both int64
 STUCK = 5.0  # seconds for a killed worker to be gone
 MOST_AHEAD = 64  # micro-batches made ahead; each waits as ten open files, of which 1024 are usual
-
-
-class Samples(Dataset["Batch | UserError"]):
-    """Turns the ids and visits of one micro-batch into its Batch. Holds no state."""
-
-    def __init__(self, config: Config, source: Source, latent_channels: int, vae_factor: int) -> None:
-        side = config.data.resolution
-        assert side % vae_factor == 0, f"resolution {side} is not divisible by the VAE's {vae_factor}"
-        self.data, self.source, self.seed = config.data, source, config.seed
-        self.perturbed = config.objective.input_perturbation > 0
-        self.target = side, side
-        self.latent = latent_channels, side // vae_factor, side // vae_factor
-
-    def __getitem__(self, wanted: Wanted) -> Batch | UserError:
-        try:
-            return self.batch(*wanted)
-        except UserError as error:
-            # torch would wrap a worker's exception into a RuntimeError; a returned one stays itself.
-            return error
-
-    def batch(self, ids: np.ndarray, visits: np.ndarray) -> Batch:
-        """Read, transform and draw; ids and visits are (B,). Raises UserError for an unreadable image."""
-        names = list(zip(ids.tolist(), visits.tolist(), strict=True))
-        samples = [self.sample(*name) for name in names]
-        return Batch(
-            ids=torch.from_numpy(ids.copy()),  # (B,)
-            visits=torch.from_numpy(visits.copy()),  # (B,)
-            pixels=torch.stack([sample[0] for sample in samples]),  # (B, 3, H, W)
-            captions=[sample[2] for sample in samples],
-            dropped=torch.tensor(
-                [draws.uniform(self.seed, *name, draws.DROPOUT) < self.data.caption_dropout for name in names]
-            ),  # (B,)
-            size_and_crop=torch.tensor([sample[1] for sample in samples], dtype=torch.float32),  # (B, 6)
-            draws=self.drawn(names),
-        )
-
-    def sample(self, number: int, visit: int) -> tuple[Tensor, tuple[int, ...], str]:
-        """One visit of one sample: pixels (3, H, W), size and crop, caption."""
-        record = self.source[number]
-        crop_draw = draws.generator(self.seed, number, visit, draws.CROP).random(2)
-        crop = None if self.data.center_crop else (float(crop_draw[0]), float(crop_draw[1]))
-        flip = self.data.flip and draws.uniform(self.seed, number, visit, draws.FLIP) < 0.5
-        pixels, six = prepare(upright_rgb(record.image, record.name), self.target, crop, flip)
-        choice = draws.pick(draws.uniform(self.seed, number, visit, draws.CAPTION), len(record.captions))
-        return pixels, six, record.captions[choice]
-
-    def drawn(self, names: list[tuple[int, int]]) -> Draws:
-        """The random numbers of B visits, each from its own streams."""
-
-        def normal(stream: int, shape: tuple[int, ...]) -> Tensor:
-            return torch.from_numpy(
-                np.stack([draws.normal(self.seed, *name, stream, shape) for name in names])
-            )
-
-        times = [draws.generator(self.seed, *name, draws.TIMESTEP).random(dtype=np.float32) for name in names]
-        return Draws(
-            posterior=normal(draws.POSTERIOR, self.latent),  # (B, c, h, w)
-            noise=normal(draws.NOISE, self.latent),  # (B, c, h, w)
-            timestep=torch.from_numpy(np.array(times, np.float32)),  # (B,)
-            offset=normal(draws.OFFSET, (self.latent[0], 1, 1)),  # (B, c, 1, 1)
-            perturbation=normal(draws.PERTURBATION, self.latent) if self.perturbed else None,  # (B, c, h, w)
-        )
 
 
 class Loader:
@@ -97,32 +36,47 @@ class Loader:
     def __init__(
         self,
         config: Config,
-        source: Source,
+        index: Index,
+        cells: Cells,
         latent_channels: int,
         vae_factor: int,
+        cached: Cached | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         """Raises UserError where the batch cannot be cut into equal micro-batches for all ranks."""
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        self.config, self.source, self.rank, self.world = config, source, rank, world
+        self.config, self.index, self.rank, self.world = config, index, rank, world
         self.accumulation = config.accumulation(world)
-        self.samples = Samples(config, source, latent_channels, vae_factor)
+        repeats = [part.repeats for part in index.parts]
+        self.order = Order(cells.counts, repeats, config.batch_size, config.seed)
+        self.samples = Samples(config, index, cells, latent_channels, vae_factor, cached)
+        self.list = config.folder / "faults" / f"rank-{rank}.jsonl"
+        self.faults = set(read_faults(self.list))
+
+    @property
+    def bad(self) -> int:
+        """Records known to be unusable: those of the index, and those that this rank came upon."""
+        return int(self.index.facts["faults"]) + len(self.faults)
 
     def wanted(self, step: int) -> Iterator[Wanted]:
-        """The ids and visits of every micro-batch of this rank, from a step on, without end."""
+        """The numbers of every micro-batch of this rank, from a step on, without end."""
         while True:
-            ids, visits = batch_at(len(self.source), self.config.batch_size, self.config.seed, step)
             for micro in range(self.accumulation):
-                part = slice_of(self.rank, self.world, micro, self.config.micro_batch_size)
-                yield ids[part], visits[part]
+                yield self.share(step, micro)
             step += 1
+
+    def share(self, step: int, micro: int) -> Wanted:
+        """The numbers of one of this rank's micro-batches."""
+        chosen = self.order.batch_at(step)
+        part = slice_of(self.rank, self.world, micro, self.config.micro_batch_size)
+        return Wanted(chosen.bucket, chosen.part[part], chosen.member[part], chosen.visit[part])
 
     def steps_from(self, step: int) -> Generator[list[Batch], None, None]:
         """One list of `accumulation` micro-batches per optimizer step, from `step` on, without end.
 
         The workers begin with the first list and end when the generator is closed or dropped.
-        Raises UserError for an unreadable image, and when the workers die or are too slow.
+        Raises UserError when too many records are unusable, and when the workers die or are too slow.
         """
         pinned = torch.accelerator.is_available()
         batches = self.begin(step, pinned)
@@ -187,19 +141,46 @@ class Loader:
             raise self.late(step, micro, str(error)) from error
         if isinstance(batch, UserError):
             raise batch
+        self.note(batch.faults)
         # A worker's tensor holds a file descriptor for as long as it lives; a list of many would use them up.
         return batch.map(Tensor.clone) if self.config.data.workers and not pinned else batch
 
+    def note(self, faults: Iterable[Fault]) -> None:
+        """Write down the records that turned out to be unusable; UserError if they are too many."""
+        new = [fault for fault in faults if fault.name not in self.faults]
+        if not new:
+            return
+        self.list.parent.mkdir(parents=True, exist_ok=True)
+        with self.list.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(fault._asdict()) + "\n" for fault in new)
+        self.faults.update(fault.name for fault in new)
+        most = self.config.data.max_faults * len(self.index)
+        if len(self.faults) > most:
+            raise UserError(
+                f"at most {self.config.data.max_faults:.2%} of {len(self.index):,} records unusable",
+                f"{len(self.faults):,} could not be read; the last is {new[-1].name}: {new[-1].reason}",
+                f"mend those listed in {self.list}, or allow more with data.max_faults",
+            )
+
     def late(self, step: int, micro: int, found: str) -> UserError:
         """The error for a micro-batch that does not come."""
-        ids, _ = batch_at(len(self.source), self.config.batch_size, self.config.seed, step)
-        mine = ids[slice_of(self.rank, self.world, micro, self.config.micro_batch_size)]
+        mine = self.share(step, micro)
+        ids = self.samples.cells.record(mine.bucket, mine.part, mine.member).tolist()
         return UserError(
-            f"the data of step {step} on rank {self.rank}: {', '.join(map(self.source.name, mine.tolist()))}",
+            f"the data of step {step} on rank {self.rank}: {', '.join(map(self.index.name, ids))}",
             found,
             "see whether these files can be read in time and whether memory is short; data.worker_timeout is "
             "the time allowed in seconds, data.workers = 0 loads in the training process",
         )
+
+
+def read_faults(path: Path) -> list[str]:
+    """The names in a list of faults, of an earlier start of the run; [] if there is none."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # A start that was killed may have left half a line.
+    return [json.loads(line)["name"] for line in lines if line.endswith("}")]
 
 
 def unchanged(batch: Any) -> Any:

@@ -1,7 +1,9 @@
 """From a picture as it lies on disk to the tensor that is trained on, and the numbers that say how."""
 
 import io
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -11,7 +13,44 @@ from torch import Tensor
 from sfumato.data.draws import pick
 from sfumato.errors import UserError
 
+# The number of pixels is compared with data.max_pixels, where a picture's header is read.
+Image.MAX_IMAGE_PIXELS = None
+
+RENDERING = 1
+"""Another number when the same file and geometry give other pixels: it is a part of the caches' keys."""
+ORIENTATION = 0x0112  # EXIF: how a viewer turns the picture; from 5 on its sides are exchanged
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def decode(file: BinaryIO, name: str, covers: tuple[int, int] | None = None, most: int = 0) -> Image.Image:
+    """The picture of an image file as a viewer shows it, RGB.
+
+    covers: a (height, width) that is wanted of it at least; a JPEG far larger than that is decoded at a half,
+    a quarter or an eighth of its size, which is several times as fast. most: pixels that it may have; 0: any.
+    Raises UserError, with the name, if it cannot be read or is too large.
+    """
+    try:
+        with Image.open(file) as image:
+            if most and image.width * image.height > most:
+                raise too_large(name, image.width * image.height, most)
+            if covers is not None:
+                high, wide = covers if image.getexif().get(ORIENTATION, 1) < 5 else covers[::-1]
+                # Twice as large as asked for: Pillow's own measure for a reduction that nobody sees.
+                image.draft(None, (2 * wide, 2 * high))
+            image.load()
+            return upright_rgb(image, name)
+    except UserError:
+        raise
+    except Exception as error:
+        # Broken files make Pillow raise OSError, SyntaxError, TypeError, struct.error ...
+        found = f"it cannot be read: {type(error).__name__}: {error}"
+        raise UserError(f"the image {name}", found, "mend the file, or take it away") from error
+
+
+def too_large(name: str, pixels: int, most: int) -> UserError:
+    """The error for a picture that would need too much memory."""
+    found = f"it has {pixels:,} pixels, data.max_pixels allows {most:,}"
+    return UserError(f"the image {name}", found, "make it smaller, or allow more")
 
 
 def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -62,35 +101,68 @@ def covering(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
 
-def inside(window: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The window (left, top, right, bottom) without what rounding put beyond a picture of (height, width)."""
-    return window[0], window[1], min(window[2], size[1]), min(window[3], size[0])
+@dataclass(frozen=True)
+class Geometry:
+    """What is cut out of a picture. All are (height, width) or (top, left), in pixels."""
+
+    original: tuple[int, int]
+    """The picture as a viewer shows it."""
+    resized: tuple[int, int]
+    """The picture after resizing, of which the window is a part."""
+    window: tuple[int, int]
+    """Top and left of the window in the resized picture, before mirroring."""
+    target: tuple[int, int]
+    """The window's size: what is trained on."""
+    flip: bool
+    """Whether the window is mirrored."""
+
+    @property
+    def six(self) -> tuple[int, ...]:
+        """SDXL's six numbers: original height, width, crop top, left, target height, width.
+
+        The crop is counted in the resized picture as it stands after mirroring (arXiv:2307.01952, section
+        2.2).
+        """
+        top, left = self.window
+        if self.flip:
+            left = self.resized[1] - self.target[1] - left
+        return (*self.original, top, left, *self.target)
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The window (left, top, right, bottom) in the same picture of another (height, width)."""
+        down, across = size[0] / self.resized[0], size[1] / self.resized[1]
+        top, left = self.window[0] * down, self.window[1] * across
+        # Rounding may put an edge a hair outside, which Pillow refuses.
+        bottom, right = top + self.target[0] * down, left + self.target[1] * across
+        return left, top, min(right, size[1]), min(bottom, size[0])
 
 
-def prepare(
-    image: Image.Image, target: tuple[int, int], crop: tuple[float, float] | None, flip: bool
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Resize, crop and mirror an RGB picture.
+def geometry(
+    size: tuple[int, int], target: tuple[int, int], crop: tuple[float, float] | None, flip: bool
+) -> Geometry:
+    """How a picture of (height, width) becomes the target.
 
-    target: (height, width) in pixels. crop: two numbers in [0, 1) that place the window from top and left;
-    None takes the middle. Returns the pixels (3, H, W) fp32 in [-1, 1] and SDXL's six numbers (original
-    height, width, crop top, left, target height, width); the crop is counted in the resized picture, as it
-    stands after mirroring (arXiv:2307.01952, section 2.2).
+    It is resized to cover the target, then cut. crop: two numbers in [0, 1) that place the window from top
+    and left; None takes the middle.
     """
-    height, width = covering((image.height, image.width), target)
-    spare = height - target[0], width - target[1]
+    resized = covering(size, target)
+    spare = resized[0] - target[0], resized[1] - target[1]
     if crop is None:
-        top, left = spare[0] // 2, spare[1] // 2
+        window = spare[0] // 2, spare[1] // 2
     else:
-        top, left = pick(crop[0], spare[0] + 1), pick(crop[1], spare[1] + 1)
-    original = image.height, image.width
-    # Only the window is computed, out of the whole picture: a strip of 1 x 10,000 pixels would else become
-    # 512 x 5,120,000 before the crop.
-    down, across = original[0] / height, original[1] / width
-    window = (left * across, top * down, (left + target[1]) * across, (top + target[0]) * down)
-    image = image.resize((target[1], target[0]), Image.Resampling.LANCZOS, inside(window, original))
-    if flip:
+        window = pick(crop[0], spare[0] + 1), pick(crop[1], spare[1] + 1)
+    return Geometry(size, resized, window, target, flip)
+
+
+def render(image: Image.Image, cut: Geometry) -> Tensor:
+    """The window of an RGB picture, (3, H, W) fp32 in [0, 1]; the picture may be of another scale.
+
+    Only the window is computed, out of the whole picture: a strip of 1 x 10,000 pixels would else become
+    512 x 5,120,000 before the crop.
+    """
+    size = cut.target[1], cut.target[0]
+    image = image.resize(size, Image.Resampling.LANCZOS, cut.box((image.height, image.width)))
+    if cut.flip:
         image = ImageOps.mirror(image)
-        left = spare[1] - left
-    values = np.array(image, np.float32).transpose(2, 0, 1) / 127.5 - 1  # (3, H, W)
-    return torch.from_numpy(np.ascontiguousarray(values)), (*original, top, left, *target)
+    values = np.array(image, np.float32).transpose(2, 0, 1) / 255  # (3, H, W)
+    return torch.from_numpy(np.ascontiguousarray(values))

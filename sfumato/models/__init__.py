@@ -42,8 +42,17 @@ def family_class(name: str) -> "type[Family]":
 
 
 def load(
-    model: config.Model, device: "torch.device", dtype: "torch.dtype", vae_dtype: "torch.dtype"
+    model: config.Model,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    vae_dtype: "torch.dtype",
+    images: bool = True,
+    captions: bool = True,
 ) -> "Family":
-    """The family that `model` asks for, its frozen parts loaded; UserError for every fault of the weights."""
+    """The family that `model` asks for, with the parts loaded that encode images and captions.
+
+    Raises UserError for every fault of the weights.
+    """
     facts = examine(model)
-    return family_class(facts.family)(facts.folder, model, device, dtype, vae_dtype)
+    family = family_class(facts.family)(facts.folder, model, device, dtype, vae_dtype)
+    return family.load(images, captions)

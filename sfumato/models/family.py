@@ -6,6 +6,7 @@ channels of h x w.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.models.attention import probe, set_attention
 from sfumato.models.folder import examine
+from sfumato.models.identity import fingerprint
 from sfumato.models.loading import frozen, quiet
 
 Condition = dict[str, Tensor]
@@ -31,7 +33,7 @@ class Family:
     """The frozen parts of a model, how they encode, and how its denoiser is asked.
 
     `folder`: the weights as `folder.locate` found them. `dtype`: arithmetic of the text encoders.
-    Raises UserError for every fault of the folder.
+    Raises UserError for every fault of the folder, those of the frozen parts' files when they are loaded.
     """
 
     pipeline: ClassVar[type[DiffusionPipeline]]
@@ -41,6 +43,8 @@ class Family:
     denoiser_class: ClassVar[type[nn.Module]]
     learns: ClassVar[str] = "unet"
     """The part that is trained, by its name in the folder."""
+    encoders: ClassVar[tuple[str, ...]]
+    """The family's cached properties that hold tokenizers and text encoders, loaded at their first use."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the layers that LoRA changes."""
     size_and_crop: ClassVar[bool] = False
@@ -64,20 +68,38 @@ class Family:
         self.scheduler_config = self.facts.scheduler
         self.denoiser_config = self.facts.denoiser
         self.latent_channels, self.vae_factor = self.facts.latent_channels, self.facts.vae_factor
-        variant = model.variant if model.vae is None else None
-        self.vae: AutoencoderKL = frozen(
-            AutoencoderKL, self.facts.vae_folder, variant, vae_dtype, self.device
-        )
-        self._null: Condition | None = None
-        self.load_encoders(dtype)
+        self.dtype, self.vae_dtype = dtype, vae_dtype
         with quiet():
             self.scheduler()  # a class that cannot be made is told now, not at the first preview
 
-    # What a family must say.
+    # The frozen parts, loaded when they are first used: a run that reads a cache may need none of them.
 
-    def load_encoders(self, dtype: torch.dtype) -> None:
-        """Load tokenizers and text encoders from `self.folder`."""
-        raise NotImplementedError
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The VAE, in `vae_dtype`."""
+        variant = self.model.variant if self.model.vae is None else None
+        return frozen(AutoencoderKL, self.facts.vae_folder, variant, self.vae_dtype, self.device)
+
+    def load(self, images: bool = True, captions: bool = True) -> "Family":
+        """Load the parts that encode images or captions at once, so that their faults are told at once."""
+        _ = images and self.vae
+        _ = captions and self.parts()
+        return self
+
+    def release(self) -> None:
+        """Let go of the frozen parts; they are loaded again when they are needed."""
+        for name in ("vae", *self.encoders):
+            self.__dict__.pop(name, None)
+
+    def identity(self, images: bool) -> str:
+        """Hash of all that the encoding of images, or else of captions, depends on besides its input."""
+        if images:
+            return fingerprint([self.facts.vae_folder], [self.vae_dtype])
+        settings = sorted(self.facts.settings.items())
+        said = [self.dtype, self.facts.family, self.model.prompt_window, settings]
+        return fingerprint([self.folder / part for part in self.needs], said)
+
+    # What a family must say.
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> tensors of B rows, to the bit what the pipeline's encode_prompt gives. No gradients."""
@@ -108,8 +130,21 @@ class Family:
         pixels = pixels.to(self.device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.parameters.float()  # (B, 2c, h, w)
 
+    @torch.no_grad()
+    def safe_moments(self, pixels: Tensor) -> Tensor:
+        """`moments`, those that are not finite once more in fp32."""
+        found = self.moments(pixels)
+        if self.vae_dtype != torch.float32 and not bool(torch.isfinite(found).all()):
+            good = torch.isfinite(found).flatten(1).all(1).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+            # The weights as they were read, not as they were rounded.
+            variant = self.model.variant if self.model.vae is None else None
+            exact = frozen(AutoencoderKL, self.facts.vae_folder, variant, torch.float32, self.device)
+            again = exact.encode(pixels.to(self.device)).latent_dist.parameters
+            found = torch.where(good, found, again)
+        return found
+
     def latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """Moments (B, 2c, h, w) and unit noise (B, c, h, w) -> scaled latents (B, c, h, w) fp32."""
+        """Moments (B, 2c, h, w), or the mean (B, c, h, w), and unit noise (B, c, h, w) -> scaled latents."""
         return self.scaled(draw(moments.float(), posterior.to(moments.device)))
 
     def scaled(self, raw: Tensor) -> Tensor:
@@ -124,28 +159,37 @@ class Family:
 
         Raises UserError that names the samples whose latents are not finite.
         """
-        latents = self.latents(self.moments(batch.pixels), batch.draws.posterior)
-        check_finite(latents, batch.ids, str(self.vae.dtype).removeprefix("torch."))
+        moments = batch.moments
+        if moments is None:
+            assert batch.pixels is not None, "a batch without pixels or moments"
+            moments = self.safe_moments(batch.pixels)
+        latents = self.latents(moments.to(self.device), batch.draws.posterior)
+        check_finite(latents, batch.ids, str(self.vae_dtype).removeprefix("torch."))
         return latents, self.condition(batch)
 
     @torch.no_grad()
     def condition(self, batch: Batch) -> Condition:
         """The batch's captions encoded, the null condition in the rows that are dropped."""
-        dropped = batch.dropped.to(self.device)
-        null = self.null_condition()
-        found = {
-            name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), null[name], rows)
-            for name, rows in self.encode_prompts(batch.captions).items()
-        }
+        if batch.text is not None:
+            found = {name: rows.to(self.device) for name, rows in batch.text.items()}
+        else:
+            dropped = batch.dropped.to(self.device)
+            null = self.null_condition()
+            found = {
+                name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), null[name], rows)
+                for name, rows in self.encode_prompts(batch.captions).items()
+            }
         if self.size_and_crop:
             found["size_and_crop"] = batch.size_and_crop.to(self.device)
         return found
 
     def null_condition(self) -> Condition:
         """What the pipeline uses where there is no negative prompt, B = 1. Made once."""
-        if self._null is None:
-            self._null = self.make_null()
         return self._null
+
+    @cached_property
+    def _null(self) -> Condition:
+        return self.make_null()
 
     def make_null(self) -> Condition:
         """The encoding of the empty prompt, unless the family's pipeline does something else."""
@@ -201,7 +245,12 @@ class Family:
 
 
 def draw(moments: Tensor, posterior: Tensor) -> Tensor:
-    """Mean and log-variance (B, 2c, h, w), unit noise (B, c, h, w) -> a sample of that Gaussian."""
+    """Mean and log-variance (B, 2c, h, w), unit noise (B, c, h, w) -> a sample of that Gaussian.
+
+    Of a mean alone, (B, c, h, w), the sample is the mean.
+    """
+    if moments.shape[1] == posterior.shape[1]:
+        return moments
     mean, logvar = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior  # clamped as diffusers' Gaussian is
 

@@ -51,13 +51,13 @@ class Facts:
         """The scheduler's "epsilon", "v_prediction" or "sample"."""
         return str(self.scheduler.get("prediction_type", "epsilon"))
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise UserError unless VAE and denoiser can take squares with sides of so many pixels."""
-        if resolution % self.granularity:
-            below = resolution // self.granularity * self.granularity
+    def check_resolution(self, side: int, setting: str = "data.resolution") -> None:
+        """Raise UserError unless VAE and denoiser can take a side of so many pixels, which `setting` says."""
+        if side % self.granularity:
+            below = side // self.granularity * self.granularity
             near = [str(side) for side in (below, below + self.granularity) if side]
             raise UserError(
-                f"data.resolution = {resolution}",
+                f"{setting} = {side}",
                 f"{self.folder} works on multiples of {self.granularity} pixels (its VAE divides the side by "
                 f"{self.vae_factor}, its denoiser by {self.granularity // self.vae_factor})",
                 f"choose {' or '.join(near)}",

@@ -1,13 +1,14 @@
 """Stable Diffusion 1.x and 2.x: a U-Net and one CLIP encoder (arXiv:2112.10752)."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sfumato.models import prompts as text
 from sfumato.models.family import Condition, Family, check_width
@@ -21,15 +22,22 @@ class StableDiffusion(Family):
     pipeline = StableDiffusionPipeline
     needs = ("tokenizer", "text_encoder")
     denoiser_class = UNet2DConditionModel
+    encoders = ("tokenizer", "text_encoder")
 
-    def load_encoders(self, dtype: torch.dtype) -> None:
-        self.tokenizer = tokenizer(self.folder / "tokenizer")
-        self.text_encoder = frozen(
-            CLIPTextModel, self.folder / "text_encoder", self.model.variant, dtype, self.device
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The folder's tokenizer."""
+        return tokenizer(self.folder / "tokenizer")
+
+    @cached_property
+    def text_encoder(self) -> CLIPTextModel:
+        """The folder's text encoder."""
+        encoder = frozen(
+            CLIPTextModel, self.folder / "text_encoder", self.model.variant, self.dtype, self.device
         )
-
-        width = self.text_encoder.config.hidden_size
+        width = encoder.config.hidden_size
         check_width(self.folder, "context", width, self.denoiser_config.get("cross_attention_dim"))
+        return encoder
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -1,13 +1,14 @@
 """SDXL: a U-Net, two CLIP encoders, and the size and crop as conditions (arXiv:2307.01952)."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato.models import prompts as text
 from sfumato.models.family import Condition, Family, check_width
@@ -26,21 +27,29 @@ class SDXL(Family):
     pipeline = StableDiffusionXLPipeline
     needs = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     denoiser_class = UNet2DConditionModel
+    encoders = ("tokenizers", "text_encoders")
     size_and_crop = True
 
-    def load_encoders(self, dtype: torch.dtype) -> None:
-        self.tokenizers = [tokenizer(self.folder / part) for part in ("tokenizer", "tokenizer_2")]
+    @cached_property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        """The folder's two tokenizers."""
+        return [tokenizer(self.folder / part) for part in ("tokenizer", "tokenizer_2")]
+
+    @cached_property
+    def text_encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
+        """The folder's two text encoders."""
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        self.text_encoders = [
-            frozen(kind, self.folder / part, self.model.variant, dtype, self.device)
+        encoders = [
+            frozen(kind, self.folder / part, self.model.variant, self.dtype, self.device)
             for part, kind in kinds.items()
         ]
-        context = sum(encoder.config.hidden_size for encoder in self.text_encoders)
+        context = sum(encoder.config.hidden_size for encoder in encoders)
         check_width(self.folder, "context", context, self.denoiser_config.get("cross_attention_dim"))
         sizes = 6 * (self.denoiser_config.get("addition_time_embed_dim") or 0)
-        pooled = sizes + self.text_encoders[1].config.projection_dim
+        pooled = sizes + encoders[1].config.projection_dim
         takes = self.denoiser_config.get("projection_class_embeddings_input_dim")
         check_width(self.folder, "pooled text with sizes", pooled, takes)
+        return encoders
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

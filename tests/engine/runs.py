@@ -42,7 +42,7 @@ def settings(place: Path, family: str = "sd", **changes: Any) -> dict[str, Any]:
         "micro_batch_size": 2,
         "model": {"weights": str(place / family)},
         "data": {"source": str(place / "pictures"), "resolution": 64, "flip": True, "workers": 1,
-                 "caption_dropout": 0.3},
+                 "caption_dropout": 0.3, "store": str(place / "cache")},
         "optimizer": {"lr": 1e-3},
         "engine": {"precision": "fp32"},
         "ema": {"enabled": True},

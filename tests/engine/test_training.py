@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from sfumato import run
 from sfumato.config import parse
-from sfumato.data.sources import open_source
+from sfumato.data.index import open_index
 from sfumato.engine import checkpoint
 from sfumato.errors import UserError
 from tests.engine import runs, toys
@@ -171,7 +171,7 @@ def test_from_scratch_is_the_same_at_every_stage(place: Path) -> None:
 def test_another_config_does_not_go_on_with_a_run(place: Path) -> None:
     folder = train(place, name="mine", steps=2)
     values = runs.settings(place, name="mine", steps=2)
-    data = open_source(parse(values).data).fingerprint
+    data = open_index(parse(values).data).fingerprint
     assert run.latest(parse(values), data) is not None
     for change in (
         {"optimizer__lr": 2e-3},

@@ -25,15 +25,17 @@ ROOMS = (
     ("methods",),
     ("engine",),
     ("check", "drawings", "export", "report", "run", "sample"),
+    ("start",),
+    ("cache",),
     ("train",),
-    ("demo",),
+    ("bench", "demo", "doctor"),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 FILE_LINES, FUNCTION_LINES, TRAIN_LINES = 300, 60, 120
 # A file that is over its bound, with the reason.
-LONGER = {"config.py": 420}  # one page that lists every setting; most of it is docstrings
+LONGER = {"config.py": 560}  # one page that lists every setting; most of it is docstrings
 
 
 def place(path: Path) -> str:

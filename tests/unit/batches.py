@@ -8,14 +8,29 @@ import torch
 
 from sfumato.config import Config
 from sfumato.data.batch import Batch
+from sfumato.data.buckets import Cells
+from sfumato.data.cached import Cached
+from sfumato.data.index import Index, open_index
 from sfumato.data.loader import Loader
-from sfumato.data.sources import open_source
 
 Make = Callable[..., Loader]
 
 
-def make(config: Config, rank: int = 0, world: int = 1) -> Loader:
-    return Loader(config, open_source(config.data), latent_channels=4, vae_factor=8, rank=rank, world=world)
+def opened(config: Config) -> tuple[Index, Cells]:
+    """What a run opens of its data."""
+    index = open_index(config.data, digests=config.data.cache in ("images", "both"))
+    return index, Cells.build(index.folder, config.data, index.sizes, index.part, len(index.parts))
+
+
+def make(
+    config: Config,
+    rank: int = 0,
+    world: int = 1,
+    kind: type[Loader] = Loader,
+    cached: Cached | None = None,
+) -> Loader:
+    """A loader for latents of 4 channels, 8 pixels each."""
+    return kind(config, *opened(config), 4, 8, cached, rank, world)
 
 
 def steps(loader: Loader, begin: int, number: int) -> list[list[Batch]]:

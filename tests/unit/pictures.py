@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sfumato.config import Config, Data, parse
-from sfumato.data.sources import Source, open_source
+from sfumato.data.sources import Entry, Source, open_source
 from sfumato.errors import UserError
 
 
@@ -80,7 +80,7 @@ def config_of(
             "batch_size": batch_size,
             "micro_batch_size": micro,
             "model": {"weights": "none"},
-            "data": {"source": str(place), "resolution": 32, "workers": 0} | data,
+            "data": {"source": str(place), "store": f"{place}-store", "resolution": 32, "workers": 0} | data,
         }
     )
 
@@ -94,27 +94,45 @@ def captions_of(count: int) -> list[str]:
     return [f"picture {number}" for number in range(count)]
 
 
+def all_of(place: Path | str, **settings: Any) -> list[Entry]:
+    """Every entry of a source."""
+    return list(open_source(data_of(place, **settings)).entries())
+
+
 def check_samples(source: Source, count: int, captions: list[list[str]] | None = None) -> None:
-    """All pictures come out bit-equal, at their places, with their captions, also after pickling."""
+    """All pictures come out bit-equal, at their places, with their captions, also after pickling.
+
+    They come in the same order each time, under names of their own, with stamps that stay.
+    """
     captions = captions or [[f"picture {number}"] for number in range(count)]
+    entries = list(source.entries())
+    assert [entry.fault for entry in entries] == [""] * count
+    assert [list(entry.captions) for entry in entries] == captions
+    assert len({entry.name for entry in entries}) == count
+    assert all(entry.stamp for entry in entries), "an entry without a stamp"
     for each in (source, pickle.loads(pickle.dumps(source))):
-        assert len(each) == count
+        assert list(each.entries()) == entries
+        assert each.stamp() == source.stamp()
         for number in (*range(count), 0):
-            record = each[number]
-            assert np.array_equal(np.asarray(record.image), np.asarray(picture(number))), f"picture {number}"
-            assert record.captions == each.captions(number) == captions[number]
-            assert record.name == each.name(number)
-        assert len({each.name(number) for number in range(count)}) == count
-    with pytest.raises(IndexError):
-        source[count]
-    with pytest.raises(IndexError):
-        source[-1]
+            with each.open(entries[number].image) as file, Image.open(file) as image:
+                assert np.array_equal(np.asarray(image), np.asarray(picture(number))), f"picture {number}"
+
+
+def faults_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """Name -> fault, of those that have one; each of them alone under its name."""
+    assert len({entry.name for entry in entries}) == len(entries)
+    return {entry.name: entry.fault for entry in entries if entry.fault}
+
+
+def captions_by_name(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    """Name -> captions, of those without a fault."""
+    return {entry.name: list(entry.captions) for entry in entries if not entry.fault}
 
 
 def refused(place: Path | str, *words: str, **settings: Any) -> UserError:
-    """The UserError of opening a source, which must hold these words."""
+    """The UserError of opening a source or telling its entries, which must hold these words."""
     with pytest.raises(UserError) as caught:
-        open_source(data_of(place, **settings))
+        all_of(place, **settings)
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
     return caught.value

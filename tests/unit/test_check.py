@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from sfumato import config
-from sfumato.check import DEEPSPEED_KEYS, check, count
+from sfumato.check import check, count
+from sfumato.engine.ds_keys import DEEPSPEED_KEYS
 from sfumato.errors import UserError
 from sfumato.models import family_class
 
@@ -35,7 +36,7 @@ def settings(weights: Path, tmp_path: Path) -> Settings:
         "steps": 6,
         "batch_size": 4,
         "model": {"weights": str(weights)},
-        "data": {"source": str(images), "resolution": 64},
+        "data": {"source": str(images), "store": str(tmp_path / "cache"), "resolution": 64},
     }
 
 
@@ -47,10 +48,10 @@ def refused(settings: Settings, world: int = 1, accelerator: str = "cpu") -> str
 
 def test_a_plan_says_what_will_be(settings: Settings) -> None:
     plan = check(config.parse(settings), 2, "cpu")
-    assert (plan.accumulation, len(plan.source), plan.facts.family) == (2, 3, "sd")
+    assert (plan.accumulation, len(plan.index), plan.facts.family) == (2, 3, "sd")
     text = str(plan)
     assert "4 = 1 on 2 cpu ranks, 2 times" in text
-    assert "6, which see each image 8.0 times" in text
+    assert "6, which are 8.00 epochs of 3 samples" in text
     assert not Path(settings["output"]).exists()
 
 
@@ -169,3 +170,51 @@ def test_the_list_of_deepspeeds_keys_is_current() -> None:
 def test_a_wrong_list_is_caught(broken: frozenset[str]) -> None:
     with pytest.raises(AssertionError, match="only one of both"):
         check_known(broken)
+
+
+def test_a_plan_of_several_parts_in_buckets_says_their_shares(settings: Settings, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(4):
+        Image.new("RGB", (128, 32), (number, 0, 0)).save(other / f"{number}.png")
+    (other / "1.png").write_bytes(b"no picture")
+    Image.new("RGB", (20, 20)).save(other / "9.png")
+    parts = [{"source": settings["data"].pop("source"), "repeats": 3}, {"source": str(other), "prompt": "x"}]
+    buckets = {"min": 32, "max": 128, "step": 16, "upscale": False}
+    settings["data"] |= {"parts": parts, "buckets": buckets, "max_faults": 0.5}
+    text = str(check(config.parse(settings), 1, "cpu"))
+    for words in (
+        "7 records in 2 parts, 1 set aside",
+        "75.0% of the visits to the 3 of",
+        "25.0% of the visits to the 4 of",
+        "2, from 128x32 to 64x64",
+        "1 unusable",
+        "1 without a bucket: a side is shorter than 32",
+        "of 2 there are fewer images than a batch",
+        "2.00 epochs of 12 samples",
+    ):
+        assert words in text, f"{words!r} is not in {text}"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"cache": "images"}, "set data.center_crop = true, or data.views"),
+        ({"cache": "both", "center_crop": True, "tags": {"shuffle": True}}, "tags are drawn anew"),
+        ({"buckets": {"step": 24}}, "data.buckets.step = 24"),
+        ({"buckets": {"sizes": [[64, 72]]}}, "data.buckets.sizes"),
+        ({"resolution": [64, 72]}, "data.resolution = 72"),
+        ({"buckets": {"min": 128, "max": 64}}, "data.buckets"),
+    ],
+)
+def test_data_that_cannot_be_is_refused(settings: Settings, data: dict[str, Any], words: str) -> None:
+    settings["data"] |= data
+    assert words in refused(settings)
+
+
+def test_too_many_faults_are_refused(settings: Settings) -> None:
+    Path(settings["data"]["source"], "2.txt").unlink()
+    text = refused(settings)
+    assert "1 (33.33%)" in text and "no caption" in text and "data.max_faults" in text
+    settings["data"]["max_faults"] = 0.4
+    assert len(check(config.parse(settings), 1, "cpu").index) == 2

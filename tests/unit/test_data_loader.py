@@ -1,5 +1,6 @@
 """Batches depend on (data, config, step) alone, and what goes wrong in a worker reaches the user in time."""
 
+import json
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -15,12 +16,11 @@ from PIL import Image
 from sfumato.config import Config
 from sfumato.data import draws
 from sfumato.data.batch import Batch
-from sfumato.data.folder import Folder
 from sfumato.data.loader import Loader
-from sfumato.data.sources import files_under, open_source
+from sfumato.data.samples import Samples
 from sfumato.errors import UserError
-from tests.unit.batches import Make, check_equal, ids, make, samples, steps, tensors
-from tests.unit.pictures import config_of, parquet_file, text_folder
+from tests.unit.batches import Make, check_equal, ids, make, opened, samples, steps, tensors
+from tests.unit.pictures import config_of, parquet_file, picture, ramp, text_folder
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,14 @@ def test_workers_change_nothing(place: Path, workers: int) -> None:
 def test_workers_catches_a_worker_that_draws(place: Path) -> None:
     """torch's own generators, which each worker seeds with its number."""
 
-    class Broken(Folder):
-        def image(self, index: int) -> Image.Image:
-            return super().image(index).rotate(90 * int(torch.randint(4, ())))
+    class Broken(Samples):
+        def image(self, *record: Any) -> torch.Tensor:
+            return super().image(*record).rot90(int(torch.randint(4, ())), (1, 2))
 
     def loader(workers: int) -> Loader:
-        config = config_of(place, workers=workers)
-        return Loader(config, Broken(place, files_under(place), config.data), 4, 8)
+        made = make(config_of(place, workers=workers))
+        made.samples.__class__ = Broken
+        return made
 
     with pytest.raises(AssertionError, match="other pixels"):
         check_equal(steps(loader(1), 0, 4), steps(loader(3), 0, 4))
@@ -116,7 +117,7 @@ def test_ranks_catches_noise_drawn_by_place(place: Path, monkeypatch: pytest.Mon
                 yield batches
 
     def broken(config: Config, rank: int = 0, world: int = 1) -> Loader:
-        return Broken(config, open_source(config.data), 4, 8, rank, world)
+        return make(config, rank, world, Broken)
 
     with pytest.raises(AssertionError, match="other numbers"):
         check_ranks(broken, place)
@@ -172,7 +173,7 @@ class ReadingAhead(Loader):
 @pytest.mark.parametrize("broken", [Restarting, CountingMicroBatches, ReadingAhead])
 def test_resume_catches(place: Path, broken: type[Loader]) -> None:
     with pytest.raises(AssertionError, match="other samples"):
-        check_resume(lambda config: broken(config, open_source(config.data), 4, 8), place, 0)
+        check_resume(lambda config: make(config, kind=broken), place, 0)
 
 
 def test_shares_of_drops_flips_and_captions(tmp_path: Path) -> None:
@@ -195,12 +196,13 @@ def test_shares_of_drops_flips_and_captions(tmp_path: Path) -> None:
     assert all(near(said[caption], 1 / 3) for caption in "abc")
     lefts = torch.cat([batch.size_and_crop[:, 3] for batch in batches])
     assert lefts.min() == 0 and lefts.max() == 16 and near(float((lefts < 8).sum()), 8 / 17)
-    source = open_source(config.data)
+    index, _ = opened(config)
     mirrored = 0
     for batch in batches:
-        for row, index in enumerate(batch.ids.tolist()):
+        for row, record in enumerate(batch.ids.tolist()):
             left = int(batch.size_and_crop[row, 3])
-            shown = np.asarray(source[index].image)[:, 16 - left : 48 - left, 0] / 127.5 - 1
+            with index.open(record) as file, Image.open(file) as image:
+                shown = np.asarray(image)[:, 16 - left : 48 - left, 0] / 127.5 - 1
             mirrored += bool(np.allclose(batch.pixels[row, 0].numpy(), shown[:, ::-1], atol=1e-6))
     assert near(mirrored, 0.5)
 
@@ -237,7 +239,8 @@ def test_tables_in_workers(place: Path, tmp_path: Path, kind: str) -> None:
     else:
         datasets.Dataset.from_dict({"image": cells, "text": captions}).save_to_disk(str(tmp_path))
     loader = make(config_of(tmp_path, workers=2))
-    assert loader.source[0].captions == ["picture 0"]  # the main process has read before it forks
+    assert loader.index.record(0).captions == ["picture 0"]
+    loader.index.open(0).close()  # the main process has read before it forks
     check_equal(steps(loader, 0, 6), steps(make(config_of(place)), 0, 6))
     copy = pickle.loads(pickle.dumps(loader.samples))
     check_equal([[copy[next(loader.wanted(5))]]], [steps(make(config_of(place)), 5, 1)[0][:1]])
@@ -249,3 +252,89 @@ def test_global_generators_are_left_alone(place: Path) -> None:
     before = torch.random.get_rng_state()
     steps(make(config_of(place, workers=1)), 0, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+BUCKETS = {"min": 32, "max": 64, "step": 16}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """17 pictures of five shapes."""
+    place = tmp_path_factory.mktemp("shapes")
+    sizes = [(48, 48), (96, 50), (50, 96), (100, 130), (130, 100)]
+    for number in range(17):
+        picture(number, sizes[number % 5]).save(place / f"{number:03}.png")
+        (place / f"{number:03}.txt").write_text(f"picture {number}\n", encoding="utf-8")
+    return place
+
+
+def test_a_step_is_of_one_bucket_and_says_what_it_shows(shapes: Path) -> None:
+    """T9 in buckets: the numbers are those of the pixels, for every size, crop and flip, on 1 and 2 ranks."""
+    config = config_of(shapes, batch_size=4, resolution=48, buckets=BUCKETS, flip=True)
+    loader = make(config)
+    seen = set()
+    index, _ = opened(config)
+    for number, step in enumerate(steps(loader, 0, 24)):
+        targets = {tuple(row) for batch in step for row in batch.size_and_crop[:, 4:].int().tolist()}
+        assert len(targets) == 1, f"step {number} is of {targets}"
+        [target] = targets
+        seen.add(target)
+        for batch in step:
+            assert batch.pixels is not None and tuple(batch.pixels.shape[2:]) == target
+            assert tuple(batch.draws.noise.shape[2:]) == (target[0] // 8, target[1] // 8)
+            assert batch.size_and_crop[:, :2].tolist() == [
+                list(index.record(i).size) for i in batch.ids.tolist()
+            ]
+    assert len(seen) >= 3
+    one = samples(steps(make(config), 0, 10))
+    two = {}
+    for rank in range(2):
+        two |= samples(steps(make(config, rank, 2), 0, 10))
+    assert one == two, "two ranks read other numbers than one"
+
+
+def test_several_resolutions_show_each_picture_at_each(place: Path) -> None:
+    config = config_of(place, batch_size=3, micro=3, resolution=[32, 48])
+    loader = make(config)
+    batches = steps(loader, 0, 14)  # one epoch: 2 x 21 samples
+    sides = Counter((number, batch.pixels.shape[-1]) for [batch] in batches for number in batch.ids.tolist())
+    assert sides == Counter((number, side) for number in range(21) for side in (32, 48))
+    samples(batches)  # no sample comes twice
+
+
+def test_views_come_in_turn(place: Path) -> None:
+    """With two views the third visit shows what the first did, with another noise."""
+    config = config_of(place, batch_size=21, micro=21, resolution=32, flip=True, views=2)
+    shown: dict[int, list[bytes]] = {}
+    noises: dict[int, set[bytes]] = {}
+    for [batch] in steps(make(config), 0, 4):
+        for row, number in enumerate(batch.ids.tolist()):
+            shown.setdefault(number, []).append(batch.pixels[row].numpy().tobytes())
+            noises.setdefault(number, set()).add(batch.draws.noise[row].numpy().tobytes())
+    assert all(views[0] == views[2] and views[1] == views[3] for views in shown.values())
+    assert sum(views[0] != views[1] for views in shown.values()) > 15
+    assert all(len(several) == 4 for several in noises.values())
+
+
+def test_a_mean_posterior_draws_nothing(place: Path) -> None:
+    [batch] = steps(make(config_of(place, batch_size=2, posterior="mean")), 0, 1)[0]
+    assert not batch.draws.posterior.any() and batch.draws.noise.any()
+
+
+def test_hints_are_cut_as_their_pictures(tmp_path: Path) -> None:
+    """The conditioning image has half the size, and the same window is cut out of it."""
+    (tmp_path / "a").mkdir()
+    lines = []
+    for number in range(4):
+        image = ramp(60 + 20 * number, 90)
+        image.save(tmp_path / "a" / f"{number}.png")
+        image.resize((45, 30 + 10 * number)).save(tmp_path / "a" / f"hint-{number}.png")
+        row = {"image": f"a/{number}.png", "hint": f"a/hint-{number}.png", "text": "x"}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    config = config_of(tmp_path, batch_size=4, micro=4, resolution=32, flip=True, conditioning_column="hint")
+    for [batch] in steps(make(config), 0, 6):
+        assert batch.hint is not None and batch.hint.shape == (4, 3, 32, 32)
+        assert batch.hint.min() >= 0 and batch.hint.max() <= 1
+        gap = (batch.pixels + 1) / 2 - batch.hint
+        assert gap[:, :, 2:-2, 2:-2].abs().max() < 0.03, "another window"

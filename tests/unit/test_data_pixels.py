@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sfumato.data.transforms import prepare, upright_rgb
+from sfumato.data.transforms import geometry, upright_rgb
 from sfumato.errors import UserError
 from tests.unit.pictures import ramp
 
@@ -77,8 +77,7 @@ def test_turned_by_exif() -> None:
     image.info["exif"] = exif.tobytes()
     turned = upright_rgb(image)
     assert turned.size == (30, 50)
-    _, six = prepare(turned, (16, 16), None, False)
-    assert six == (50, 30, 5, 0, 16, 16)
+    assert geometry((turned.height, turned.width), (16, 16), None, False).six == (50, 30, 5, 0, 16, 16)
     assert turned.getpixel((29, 0)) == image.getpixel((0, 0)), "turned the wrong way"
 
 

@@ -1,6 +1,7 @@
 """A picture's way to the tensor: what a viewer shows, its shapes kept, and numbers that say what was cut."""
 
 import inspect
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -12,12 +13,21 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sfumato.data.transforms import covering, prepare
+from sfumato.data.transforms import covering, decode, geometry, render
+from sfumato.errors import UserError
 from tests.unit.pictures import picture, ramp
 
 Prepare = Callable[
     [Image.Image, tuple[int, int], tuple[float, float] | None, bool], tuple[Tensor, tuple[int, ...]]
 ]
+
+
+def prepare(
+    image: Image.Image, target: tuple[int, int], crop: tuple[float, float] | None, flip: bool
+) -> tuple[Tensor, tuple[int, ...]]:
+    """What the loader makes of a picture: pixels in [-1, 1] and the six numbers."""
+    cut = geometry((image.height, image.width), target, crop, flip)
+    return render(image, cut) * 2 - 1, cut.six
 
 
 # picture (h, w), target (h, w), crop, flip -> the six numbers, worked out by hand
@@ -199,3 +209,47 @@ def test_same_as_the_pipelines_own_numbers() -> None:
     ]
     ids = method(six[:2], six[2:4], six[4:], torch.float32, text_encoder_projection_dim=16)
     assert ids.tolist() == [list(map(float, six))]
+
+
+def jpeg(image: Image.Image, **settings: object) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, **settings)  # type: ignore[arg-type]
+    return file
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("target", [(64, 64), (64, 128), (128, 64)])
+def test_a_large_jpeg_is_decoded_small_and_shows_the_same(target: tuple[int, int], turned: bool) -> None:
+    """Decoded at an eighth of its sides or so, the window is where it was, to a fifth of a level in the mean."""
+    image = ramp(1600, 2400)
+    exif = image.getexif()
+    exif[0x0112] = 6 if turned else 1
+    size = (2400, 1600) if turned else (1600, 2400)
+    for crop in (None, (0.0, 0.99), (0.4, 0.2)):
+        cut = geometry(size, target, crop, False)
+        small = decode(jpeg(image, exif=exif), "x.jpg", cut.resized)
+        whole = decode(jpeg(image, exif=exif), "x.jpg")
+        assert (whole.height, whole.width) == size
+        assert small.width * 4 <= whole.width, "decoded at full size"
+        assert small.width >= 2 * cut.resized[1] or small.height >= 2 * cut.resized[0], "decoded too small"
+        gap = (render(small, cut) - render(whole, cut)) * 255
+        assert gap.abs().mean() < 1 and gap.mean().abs() < 0.2 and gap.abs().max() < 4
+
+
+def test_a_window_of_a_smaller_copy_is_the_same_window() -> None:
+    """The conditioning image may be of another size than its target."""
+    large = ramp(600, 900)
+    for crop, flip in ((None, False), ((0.3, 0.8), True)):
+        cut = geometry((600, 900), (64, 64), crop, flip)
+        gap = render(large, cut) - render(large.resize((300, 200), Image.Resampling.LANCZOS), cut)
+        assert gap.abs().max() < 0.02
+
+
+def test_a_file_that_is_no_picture_and_one_that_is_too_large() -> None:
+    with pytest.raises(UserError, match=r"(?s)the image a\.png.*cannot be read"):
+        decode(io.BytesIO(b"not a picture"), "a.png")
+    with pytest.raises(UserError, match=r"(?s)10,000 pixels.*max_pixels.*9,999"):
+        decode(jpeg(Image.new("RGB", (100, 100))), "a.jpg", most=9999)
+    whole = jpeg(ramp(100, 100)).getvalue()
+    with pytest.raises(UserError, match="truncated"):
+        decode(io.BytesIO(whole[: len(whole) // 2]), "a.jpg")

@@ -1,6 +1,8 @@
 """Worker processes: whatever goes wrong in one reaches the user in time, and none outlives its run."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,45 +12,66 @@ from collections.abc import Callable
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
-from PIL import Image
 
-from sfumato.data.folder import Folder
 from sfumato.data.loader import Loader
-from sfumato.data.sources import files_under
+from sfumato.data.sources import Span
 from sfumato.errors import UserError
-from tests.unit.batches import make
-from tests.unit.pictures import config_of, data_of, text_folder
+from tests.unit.batches import make, samples, steps
+from tests.unit.pictures import config_of, text_folder
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_truncated_picture_is_the_users(tmp_path: Path, workers: int) -> None:
-    text_folder(tmp_path, 6)
-    whole = (tmp_path / "004.png").read_bytes()
-    (tmp_path / "004.png").write_bytes(whole[: len(whole) // 2])
-    stream = make(config_of(tmp_path, workers=workers)).steps_from(0)
-    with pytest.raises(UserError, match=r"the image .*004\.png"):
-        list(islice(stream, 3))
+def test_a_truncated_picture_is_replaced_and_told(tmp_path: Path, workers: int) -> None:
+    """Its header is whole: it is found out while training. Another stands in for it, with its randomness."""
+    text_folder(tmp_path / "set", 6)
+    whole = (tmp_path / "set" / "004.png").read_bytes()
+    config = config_of(tmp_path / "set", workers=workers, max_faults=0.2, batch_size=6)
+    config = config.model_copy(update={"output": tmp_path / "runs"})
+    before = samples(steps(make(config), 0, 3))
+    (tmp_path / "set" / "004.png").write_bytes(whole[: len(whole) // 2])
+    loader = make(config)
+    batches = steps(loader, 0, 3)
+    told = [fault for step in batches for batch in step for fault in batch.faults]
+    assert len(told) == 3 and {fault.name for fault in told} == {"004.png"}
+    assert "truncated" in told[0].reason
+    lines = (config.folder / "faults" / "rank-0.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and json.loads(lines[0])["name"] == "004.png", "told more than once"
+    assert make(config).bad == loader.bad == 1, "a second start forgets it"
+    after = samples(batches)
+    assert after.keys() == before.keys(), "the order has moved"
+    bad = [name for name in after if name[0] == 4]
+    assert all(after[name] == before[name] for name in after.keys() - set(bad)), "others have changed"
+    assert all(after[name] != before[name] for name in bad)
+    strict = config.model_copy(update={"data": config.data.model_copy(update={"max_faults": 0.1})})
+    (config.folder / "faults" / "rank-0.jsonl").unlink()
+    with pytest.raises(UserError, match=r"(?s)1 could not be read; the last is 004\.png.*max_faults"):
+        steps(make(strict), 0, 3)
     assert not active_children()
 
 
-class Odd(Folder):
-    """A source in which one picture is trouble."""
-
-    trouble: Callable[[], None]
-
-    def image(self, index: int) -> Image.Image:
-        if index == 4:
-            self.trouble()
-        return super().image(index)
+def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path) -> None:
+    loader = make(config_of(text_folder(tmp_path / "set", 6), max_faults=1.0))
+    shutil.rmtree(tmp_path / "set")
+    with pytest.raises(UserError, match="neither it nor the 5 records"):
+        steps(loader, 0, 1)
 
 
 def odd(place: Path, trouble: Callable[[], None], **settings: Any) -> Loader:
-    source = Odd(place, files_under(place), data_of(place))
-    source.trouble = trouble
-    return Loader(config_of(place, **settings), source, 4, 8)
+    """A loader of a source in which one picture is trouble."""
+    loader = make(config_of(place, **settings))
+    source = loader.samples.index.sources[0]
+
+    class Odd(type(source)):  # type: ignore[misc]
+        def open(self, span: Span) -> BinaryIO:
+            if span.file == "004.png":
+                trouble()
+            return super().open(span)
+
+    source.__class__ = Odd
+    return loader
 
 
 def test_hanging_worker_ends_in_an_error(tmp_path: Path) -> None:
