@@ -14,10 +14,13 @@ from sfumato.errors import UserError
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "pillow", "pydantic")
 FREE = frozenset(
     {"name", "output", "steps", "micro_batch_size", "engine", "checkpoint", "preview", "log", "export"}
-    | {"data.source", "data.workers", "data.worker_timeout", "model.weights", "model.vae", "model.variant"}
+    | {"data.source", "data.workers", "data.worker_timeout", "data.store", "data.cache", "data.max_faults"}
+    | {"model.weights", "model.vae", "model.variant"}
 )
 """Settings that may change between two starts of one run: they do not move its curve. That the data are the
 same is seen from their fingerprint; weights are read only before the first checkpoint."""
+
+WHOLE = {"method", "objective.timesteps", "objective.weight"}
 
 
 def write_records(config: Config, world: int, device: str) -> None:
@@ -66,10 +69,10 @@ def latest(config: Config, fingerprint: str) -> checkpoint.Saved | None:
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names; a table with a kind stays whole."""
+    """Nested tables as dotted names; one that is of a kind, and has that kind's settings, stays whole."""
     out: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, dict) and "kind" not in value:
+        if isinstance(value, dict) and prefix + key not in WHOLE:
             out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value

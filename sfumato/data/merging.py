@@ -176,9 +176,9 @@ def ordered(rows: np.ndarray) -> np.ndarray:
 
 
 def write(table: Table, blocks: Iterable[np.ndarray]) -> None:
-    """Publish the files of a table. Raises Damaged unless there are as many rows as its shards have."""
+    """Publish the files of a table. Raises Damaged for rows that are unsorted, too few or too many."""
     total = sum(shard.rows for shard in table.shards)
-    written = records = 0
+    written, records, last = 0, 0, b""
     path = table.folder / f"{table.stem}.npy"
     with published(path, total * ROW.itemsize) as file:
         described = np.lib.format.dtype_to_descr(ROW)
@@ -186,6 +186,9 @@ def write(table: Table, blocks: Iterable[np.ndarray]) -> None:
         np.lib.format.write_array_header_1_0(file, facts)
         for rows in blocks:
             keys = rows["key"]
+            if len(rows) and keys[0] < last:
+                raise Damaged("rows that are not sorted")
+            last = keys[-1] if len(rows) else last
             records += int(np.count_nonzero(keys[1:] != keys[:-1])) + min(1, len(rows))
             written += len(rows)
             file.write(rows.view(np.uint8).data)

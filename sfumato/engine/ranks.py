@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -53,6 +54,9 @@ def start(timeout: float) -> Ranks:
 
     timeout: seconds after which a collective that some rank does not reach ends in an error.
     """
+    # DeepSpeed's own calls of it: nothing that a user could mend.
+    warnings.filterwarnings("ignore", r".*all_gather_into_tensor", FutureWarning)
+    warnings.filterwarnings("ignore", r".*reduce_scatter_tensor", FutureWarning)
     accelerator = get_accelerator()
     if "RANK" not in os.environ:
         with socket.socket() as free:

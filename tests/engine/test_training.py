@@ -179,13 +179,21 @@ def test_another_config_does_not_go_on_with_a_run(place: Path) -> None:
         {"batch_size": 2},
         {"steps": 1},
         {"ema__decay": 0.5},
+        {"data__flip": False},
+        {"objective__weight": "min_snr"},
     ):
         other = parse(runs.settings(place, **{"name": "mine", "steps": 2, **change}))
         with pytest.raises(UserError, match="another name"):
             run.latest(other, data)
     with pytest.raises(UserError, match="the data are not those"):
         run.latest(parse(values), "another fingerprint")
-    for harmless in ({"steps": 3}, {"engine__zero_stage": 2}, {"data__workers": 0}, {"micro_batch_size": 1}):
+    for harmless in (
+        {"steps": 3},
+        {"engine__zero_stage": 2},
+        {"data__workers": 0},
+        {"micro_batch_size": 1},
+        {"data__cache": "captions"},
+    ):
         assert run.latest(parse(runs.settings(place, **{"name": "mine", "steps": 2, **harmless})), data)
     (checkpoint.path_of(folder / "checkpoints", 2) / "rank-00000.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):

@@ -29,6 +29,7 @@ ROOMS = (
     ("cache",),
     ("train",),
     ("bench", "demo", "doctor"),
+    ("grammar",),
     ("cli",),
     ("__main__",),
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -415,3 +416,17 @@ def test_rows_begin_where_they_say(tmp_path: Path) -> None:
         for row in told:
             again = rows.at(row.offset)
             assert (again.values, again.fault) == (row.values, row.fault)
+
+
+def test_memory_of_a_list(tmp_path: Path) -> None:
+    """At most 64 bytes a line; the lines themselves are not kept."""
+    peaks = []
+    for count in (1000, 9_000):
+        rows = ({"file_name": f"{n}.png", "text": "a caption " * 20} for n in range(count))
+        write_list(tmp_path, list(rows))
+        source = open_source(data_of(tmp_path))
+        tracemalloc.start()
+        assert sum(1 for _ in source.entries()) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 8000 < 64, peaks

@@ -29,8 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.data import lookup, merging, store, tensors, uses, writer
-from sfumato.data.store import Store, key_of
+from sfumato.data import lookup, merging, tensors, uses, writer
+from sfumato.data.store import Store, Writer, key_of
 from sfumato.data.tensors import DTYPES, ROW
 from sfumato.errors import UserError
 
@@ -283,6 +283,34 @@ def test_a_full_shard_is_published_at_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(writer, "SHARD_TENSORS", 10)
     fill(tmp_path / "c", *range(25))
     assert len(shards(tmp_path / "c")) == 5
+
+
+def test_a_record_that_is_gathered_counts_once(tmp_path: Path) -> None:
+    with Store(tmp_path).writer("test", shard_bytes=60) as out:
+        for _ in range(10):
+            out.add(key_of(1), record(1))
+    (shard,) = shards(tmp_path)
+    assert out.written == shard.stat().st_size
+
+
+def test_bytes_are_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut leaves a name without content."""
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(opened: int) -> None:
+        done.append("folder" if os.path.isdir(f"/dev/fd/{opened}") else "file")
+        fsync(opened)
+
+    def named(self: Path, target: Path) -> Path:
+        done.append("name")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", named)
+    with Store(tmp_path).writer("test") as out:
+        out.add(key_of(1), record(1))
+    assert done == ["file", "name", "folder"]
 
 
 # Several processes, and their ends.
@@ -610,10 +638,36 @@ def test_a_damaged_table_is_made_again(tmp_path: Path, ending: str, spoil: Calla
     check(Store(tmp_path), *range(11))
 
 
-def test_a_damaged_table_is_no_base(tmp_path: Path) -> None:
+def spoil_order(path: Path) -> None:
+    rows = np.load(path)
+    np.save(path, rows[::-1])
+
+
+def spoil_halves(path: Path) -> None:
+    rows = np.load(path)
+    np.save(path, np.roll(rows, 10))
+
+
+@pytest.mark.parametrize("spoil", [spoil_rows, spoil_order, spoil_halves])
+def test_a_damaged_table_is_no_base(
+    tmp_path: Path, spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "BLOCK", 4)
     opened = fill(tmp_path, *range(10))
-    spoil_rows(tmp_path / f"{opened.table.stem}.npy")
-    check(fill(Store(tmp_path), 10), *range(11))
+    spoil(tmp_path / f"{opened.table.stem}.npy")
+    check(fill(Store(tmp_path), *range(10, 15)), *range(15))
+
+
+def test_a_table_with_other_rows_than_its_shards_is_not_published(tmp_path: Path) -> None:
+    opened = fill(tmp_path, *range(4))
+    table, rows = opened.table, opened.table.rows
+    table.remove()
+    for wrong in ([rows[:-1]], [rows, rows[-1:]], [rows[4:], rows[:4]]):
+        with pytest.raises(tensors.Damaged):
+            merging.write(table, wrong)
+        assert lookup.load(tmp_path, table.stem) is None and len(everything(tmp_path)) == 1
+    merging.write(table, [rows[:3], rows[3:]])
+    check(Store(tmp_path), *range(4))
 
 
 def test_tables_stay_while_they_are_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -985,6 +1039,19 @@ def test_prune(tmp_path: Path) -> None:
     assert opened.prune([])[0] == 43 - len(goes) and opened.size() == (0, 0) and on_disk(tmp_path) == 0
 
 
+def test_prune_takes_copies_for_what_they_are(tmp_path: Path) -> None:
+    """A shard of which only one record is not also elsewhere becomes a shard of that one."""
+    opened = Store(tmp_path)
+    for owner, numbers in (("a", range(10)), ("b", range(1, 11))):
+        with opened.writer(owner) as out:
+            for number in numbers:
+                out.add(key_of(number), record(number))
+    freed = opened.prune([keys(*range(11))])
+    assert freed[0] == 0 and freed[1] > 0
+    check(opened, *range(11))
+    assert sorted(shard.rows for shard in opened.table.shards) == [2, 20]
+
+
 def test_a_prune_that_fails_has_lost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = fill(fill(tmp_path, *range(10)), *range(10, 20))
 
@@ -1022,10 +1089,12 @@ def test_two_prune_at_once(tmp_path: Path) -> None:
 def test_prune_writes_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many shards of which little is left become few, and each goes when its records are elsewhere."""
     opened = fill(tmp_path, *range(300), shard_bytes=200)  # ten records each
-    monkeypatch.setattr(store, "SHARD_BYTES", 400)
-    really, least = Path.unlink, [300]
+    monkeypatch.setattr(Store, "writer", lambda self, owner: Writer(self.folder / "shards", owner, 400))
+    really, least, most = Path.unlink, [30], 0
 
     def unlink(self: Path, missing_ok: bool = False) -> None:
+        nonlocal most
+        most = max(most, len(shards(tmp_path)))
         really(self, missing_ok)
         if self.suffix == ".safetensors":
             least.append(int(Store(tmp_path).has(keys(*range(0, 300, 10))).sum()))
@@ -1033,7 +1102,7 @@ def test_prune_writes_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", unlink)
         assert opened.prune([keys(*range(0, 300, 10))])[0] == 270
-    assert len(least) == 31 and min(least) == 30
+    assert len(least) == 31 and min(least) == 30 and most < 33
     check(opened, *range(0, 300, 10))
     assert len(shards(tmp_path)) <= 4
 
@@ -1059,6 +1128,11 @@ def test_uses(tmp_path: Path) -> None:
     assert found["a.b"].facts == {"run": "other"} and found["a.b"].keys().tolist() == keys(7, 8).tolist()
     assert abs(found["a.b"].time - time.time()) < 60 and found["ä"].facts == {"run": "ä"}
     assert len(everything(tmp_path / "uses")) == 2 * len(odd)
+    opened.note_use("a", keys(1), {})
+    opened.note_use("a", keys(2), {})  # removes its own keys, not those of a.b
+    opened.drop_use("a")
+    found = {use.name: use.keys().tolist() for use in opened.uses()}
+    assert found.keys() == set(odd) and found["a.b"] == keys(7, 8).tolist()
     opened.note_use("a.b", keys(7), {"run": "other"})
     assert opened.prune(use.keys() for use in list(opened.uses())[2:5])[0] == 7
     for name in odd:

@@ -95,7 +95,7 @@ class Folder(Source):
         file = listing.path + name
         relative = file.removeprefix(self.top)
         if HALVES.search(file):
-            escaped = relative.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            escaped = relative.encode("utf-8", "backslashreplace").decode()
             return Entry(escaped, Span(escaped), fault="its name is not UTF-8")
         group, repeats, token = self.grouping(relative)
         try:

@@ -6,9 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
 
 from sfumato.config import Layout
 from sfumato.data.sources import Entry, Span
@@ -24,6 +21,7 @@ from sfumato.data.sources.files import (
     walk,
 )
 from sfumato.data.sources.folder import SIDECARS, Folder, no_images
+from sfumato.data.sources.known import Known
 from sfumato.data.sources.rows import Row, Rows
 from sfumato.data.sources.texts import HALVES, Texts, Unusable, merged, of_row, shown
 from sfumato.errors import UserError
@@ -31,7 +29,6 @@ from sfumato.errors import UserError
 LISTS = ("metadata.jsonl", "metadata.csv", "train.jsonl")
 NESTED = LISTS[:2]  # the list of a folder below: train.jsonl may be anything there
 KINDS = {".jsonl", ".csv"}
-SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -43,34 +40,6 @@ class Line:
     hint: str | None
     stamp: str
     texts: Texts
-
-
-@dataclass
-class Known:
-    """Which lines name which files, by hashes of their paths: 32 bytes a line."""
-
-    keys: np.ndarray
-    """(N,) uint64: the image of each line."""
-    offsets: np.ndarray
-    """(N,) uint64: the byte where the line begins."""
-    firsts: list[int]
-    """The number of each list's first line."""
-    order: np.ndarray
-    """(N,) int64: the lines' numbers, those of one image side by side, in their order."""
-    sorted: np.ndarray
-    """(N,) uint64: the keys in that order."""
-    others: np.ndarray
-    """(M,) uint64, sorted: files that lines name under another key, such as conditioning images."""
-
-    def lines(self, key: int) -> list[int]:
-        """The numbers of the lines for an image."""
-        begin, end = (np.searchsorted(self.sorted, np.uint64(key), side) for side in SIDES)
-        return [int(number) for number in self.order[begin:end]]
-
-    def names(self, key: int) -> bool:
-        """Whether a line names a file, as its image or as another thing."""
-        places = ((keys, np.searchsorted(keys, np.uint64(key))) for keys in (self.sorted, self.others))
-        return any(at < len(keys) and keys[at] == key for keys, at in places)
 
 
 class Lists(Folder):
@@ -154,14 +123,16 @@ class Lists(Folder):
         known = self.known(lists)
         number = told = 0
         for rows, row in ((each, row) for each in lists for row in each):
-            line = None
+            image = line = None
             try:
-                line = self.line(rows, row)
+                image = self.image(rows, row)
+                line = self.line(rows, row, image)
             except Unusable as error:
                 yield Entry(f"line {row.number} of {rows.name}", Span(rows.name), fault=str(error))
             told += 1
-            if (key := self.key(rows, row)) is None:
+            if image is None:
                 continue
+            key = hashed(image)
             if number == len(known.keys) or known.keys[number] != key:
                 found, do = "it was changed while it was read", "start again when it is whole"
                 raise UserError(f"the list {rows.path}", found, do)
@@ -181,16 +152,16 @@ class Lists(Folder):
         for rows in lists:
             firsts.append(len(keys))
             for row in rows:
-                if (key := self.key(rows, row)) is not None:
-                    keys.append(key)
+                image = None
+                try:
+                    image = self.image(rows, row)
+                    keys.append(hashed(image))
                     offsets.append(row.offset)
+                except Unusable:
+                    pass  # told as a fault when the entries are
                 if self.only is None:
-                    others.extend(hashed(file) for file in mentioned(rows, row))
-        hashes = np.frombuffer(keys, np.uint64) if keys else np.zeros(0, np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        other = np.unique(np.frombuffer(others, np.uint64)) if others else np.zeros(0, np.uint64)
-        begins = np.frombuffer(offsets, np.uint64) if offsets else np.zeros(0, np.uint64)
-        return Known(hashes, begins, firsts, order, hashes[order], other)
+                    others.extend(hashed(other) for other in mentioned(rows, row) if other != image)
+        return Known.of(keys, offsets, firsts, others)
 
     def image(self, rows: Rows, row: Row) -> str:
         """The path of a row's image, relative to the place. Raises Unusable."""
@@ -202,17 +173,9 @@ class Lists(Folder):
         wanted = " or ".join(f'"{key}"' for key in dict.fromkeys(self.image_keys))
         raise Unusable(f"no {wanted}: its keys are {shown(', '.join(row.values))}")
 
-    def key(self, rows: Rows, row: Row) -> int | None:
-        """The hash of the path of a row's image, if it has one."""
-        try:
-            return hashed(self.image(rows, row))
-        except Unusable:
-            return None
-
-    def line(self, rows: Rows, row: Row) -> Line:
+    def line(self, rows: Rows, row: Row, image: str) -> Line:
         """What a row says, its files looked for. Raises Unusable."""
-        image, hint = self.image(rows, row), None
-        stamp = self.there(image)
+        hint, stamp = None, self.there(image)
         if (column := self.layout.conditioning_column) is not None:
             if row.values.get(column) in (None, ""):
                 raise Unusable(f'no conditioning image: no "{column}"')
@@ -248,8 +211,9 @@ class Lists(Folder):
     def again(self, lists: list[Rows], known: Known, number: int) -> Line | None:
         """What a line further down says, if it can be used."""
         rows = lists[bisect_right(known.firsts, number) - 1]
+        row = rows.at(int(known.offsets[number]))
         try:
-            return self.line(rows, rows.at(int(known.offsets[number])))
+            return self.line(rows, row, self.image(rows, row))
         except Unusable:
             return None
 

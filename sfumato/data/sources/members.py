@@ -117,7 +117,8 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             said = shown(str(error))
             raise Unusable(f"damaged at byte {offset:,}, or no tar: {said}; the rest is lost") from None
         end = member.offset_data + member.size
-        if tar.offset <= offset or (member.isreg() and end > size):
+        whole = member.isreg() and not member.issparse()
+        if tar.offset <= offset or (whole and end > size):
             raise Unusable(f"damaged: {shown(member.name)} ends beyond the file, or before its beginning")
         offset = tar.offset
         yield member

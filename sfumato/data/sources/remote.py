@@ -27,7 +27,20 @@ PACKAGES = {
     "ssh": "paramiko",
 }
 # What may change with a file's content, under the names that file systems give it.
-MARKS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash")
+MARKS = (
+    *(
+        "size",
+        "ETag",
+        "etag",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "Last-Modified",
+        "updated",
+        "created",
+    ),
+    *("md5Hash", "Content-MD5", "generation", "blob_id"),
+)
 
 
 def is_url(source: str) -> bool:
@@ -68,7 +81,8 @@ def reaching(place: str) -> Iterator[None]:
         # Each protocol's package has errors of its own; a local file has only one kind.
         if not is_url(place) and not isinstance(error, OSError):
             raise
-        found = f"it cannot be read: {type(error).__name__}: {shown(str(error))}"
+        said = shown(str(error).replace(place, public(place)))
+        found = f"it cannot be read: {type(error).__name__}: {said}"
         do = "correct the name, or see that the disk, the network and the keys are there"
         raise UserError(public(place), found, do) from error
 
@@ -93,7 +107,11 @@ def marks(urls: Iterable[str]) -> list[str]:
     def mark(url: str) -> str:
         with reaching(url):
             info = system(url).info(url)
-        return " ".join(f"{name}={info[name]}" for name in MARKS if info.get(name) is not None)
+        told = " ".join(f"{name}={info[name]}" for name in MARKS if info.get(name) is not None)
+        if not told:
+            found = "it tells no size, time or hash, so that a change could not be seen"
+            raise UserError(public(url), found, "fetch the files, and name the local ones")
+        return told
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(mark, urls))

@@ -24,7 +24,7 @@ class Saved(Table):
         """Raises UserError for what cannot be read, has no rows, or lacks a column."""
         super().__init__(layout)
         library = the_library(layout)
-        dataset = split_of(self.loaded(library), layout).with_format(None)  # a saved one may give arrays
+        dataset = split_of(self.loaded(library), layout)
         columns = self.text_columns(dataset.column_names)
         if not len(dataset):
             raise UserError(f'data.source = "{layout.source}"', "a data set without a row", "name another")

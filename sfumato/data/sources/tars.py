@@ -22,7 +22,7 @@ PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.\w+)$", re.IGNORECASE)
 class Tars(Source):
     """The records of tar files, in the order of the files' names and in each as they stand.
 
-    While a shard is told, 8 bytes are known of each of its records: a name that comes again is told apart.
+    While a shard is told a hash of each of its records' names is held: one that comes again is told apart.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -31,11 +31,8 @@ class Tars(Source):
         places = found(layout.source)
         for place in places:
             if PACKED.search(remote.public(place)):
-                what, do = (
-                    "it is compressed: its images cannot be read one by one",
-                    "unpack it to a .tar file",
-                )
-                raise UserError(f"the shard {remote.public(place)}", what, do)
+                told = "it is compressed: its images cannot be read one by one"
+                raise UserError(f"the shard {remote.public(place)}", told, "unpack it to a .tar file")
         self.shards = dict(zip(names(places), places, strict=True))
         """Name -> path or URL."""
         if not places or len(self.shards) < len(places):
@@ -46,7 +43,9 @@ class Tars(Source):
         """The stamp of each shard. Raises UserError for a remote one that is not there."""
         urls = {name: place for name, place in self.shards.items() if remote.is_url(place)}
         marks = dict(zip(urls, remote.marks(urls.values()), strict=True)) if urls else {}
-        return {name: marks.get(name) or stamp_of(place) for name, place in self.shards.items()}
+        return {
+            name: marks[name] if name in marks else stamp_of(place) for name, place in self.shards.items()
+        }
 
     def stamp(self) -> str:
         return digest(self.stamps().items())
@@ -78,12 +77,12 @@ class Tars(Source):
 
     def entry(self, shard: str, files: Files, stamp: str, again: bool) -> Entry:
         """What is to be told of a record; again: another one of this name came before."""
-        key = files.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        key = files.key.encode("utf-8", "backslashreplace").decode()
         name = f"{shard}/{key.removeprefix('./')}" + (f" at byte {files.start}" if again else "")
         try:
             if files.fault:
                 raise Unusable(files.fault)
-            texts, image, hint = self.texts(files), self.image(files), self.hint(files)
+            image, hint, texts = self.image(files), self.hint(files), self.texts(files)
         except Unusable as error:
             apart = "; files of this name stand apart: sort the tar by name" if again else ""
             return Entry(name, Span(shard), fault=f"{error}{apart}")
