@@ -26,8 +26,8 @@ from sfumato.data.captions import possible
 from sfumato.data.index import Index
 from sfumato.data.samples import Samples
 from sfumato.data.store import Store, key_of
+from sfumato.data.store.writer import Writer
 from sfumato.data.transforms import Geometry
-from sfumato.data.writer import Writer
 from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
 from sfumato.models.family import Family
@@ -44,16 +44,18 @@ def fill(config: Config, index: Index, cells: Cells, family: Family, place: Rank
     Images that cannot be read or encoded are written to the run's folder, faults/cache-rank-N.jsonl.
     """
     filler = Filler(config, index, cells, family, place)
-    if not filler.complete():
+    # On a network file system ranks may see other shards for a while: they decide together.
+    if place.any(not filler.complete()):
         if filler.cached.captions is not None:
             filler.captions()
         if filler.cached.images is not None:
             filler.images()
         place.barrier()
-        filler.cached.store.refresh()
         if place.first:
+            filler.cached.store.refresh()  # which makes the table that the others then find
             filler.note()
         place.barrier()
+        filler.cached.store.refresh()
     family.release()
     return filler.cached
 

@@ -61,16 +61,17 @@ class Layout(Section):
     kind: Literal["auto", "folder", "list", "tar", "parquet", "datasets", "hub"] = "auto"
     """What `source` is; "auto" looks."""
     image_column: str = "image"
-    """The column or key that holds the image."""
+    """The column or key that holds the image; in tar shards, the ending of its name."""
     caption_column: str = "text"
     """The column or key that holds the caption or the list of captions."""
     caption_weight_column: str | None = None
     """The column or key that holds one weight for each caption; unset: all count alike."""
     conditioning_column: str | None = None
-    """The column or key that holds a second image, which conditions the first; unset: none is read."""
+    """The column or key that holds a second image, which conditions the first; in a folder of pictures, the
+    folder that it lies in, under the same name. Unset: none is read."""
     caption_file: Literal["auto", "txt", "json"] = "auto"
     """The file beside an image that holds its captions: each line of NAME.txt, or `caption_column` in
-    NAME.json; "auto" takes the first of them that is there."""
+    NAME.json; "auto" takes the first of them that is there, of captions with weights the .json."""
     prompt: str | None = None
     """The caption of images that have none, such as DreamBooth's; unset: they are faults."""
     folder_repeats: bool = False

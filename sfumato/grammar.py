@@ -1,7 +1,7 @@
 """What may stand on the command line: every verb and option."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sfumato
@@ -43,18 +43,7 @@ def grammar() -> argparse.ArgumentParser:
         )
         command.add_argument("--gpus", type=positive, metavar="N", help="start N ranks on this machine")
 
-    command = verb("data", "look through the data before training, and write a page about them")
-    command.add_argument("config", help="a TOML file, or a preset's name")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.source=photos")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/data")
-
-    command = verb("cache", "encode images and captions before training, once for all runs that share them")
-    command.add_argument("config", nargs="?", help="a TOML file, or a preset's name")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.cache=both")
-    command.add_argument("--gpus", type=positive, metavar="N", help="share the work among N ranks")
-    command.add_argument(
-        "--prune", type=Path, metavar="STORE", help="instead free what no run needs whose folder is there"
-    )
+    data_options(verb)
 
     command = verb("sample", "draw pictures with a trained model, or any diffusers folder")
     sampling_options(command)
@@ -83,6 +72,22 @@ def grammar() -> argparse.ArgumentParser:
 
     verb("presets", "list the ready-made configs")
     return parser
+
+
+def data_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """What is told of data before training."""
+    command = verb("data", "look through the data before training, and write a page about them")
+    command.add_argument("config", help="a TOML file, or a preset's name")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.source=photos")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/data")
+
+    command = verb("cache", "encode images and captions before training, once for all runs that share them")
+    command.add_argument("config", nargs="?", help="a TOML file, or a preset's name")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.cache=both")
+    command.add_argument("--gpus", type=positive, metavar="N", help="share the work among N ranks")
+    command.add_argument(
+        "--prune", type=Path, metavar="STORE", help="instead free what no run needs whose folder is there"
+    )
 
 
 def sampling_options(command: argparse.ArgumentParser) -> None:

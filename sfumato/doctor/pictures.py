@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from sfumato.config import Config
 from sfumato.data.buckets import Cells
-from sfumato.data.headers import quiet
 from sfumato.data.index import Index
+from sfumato.data.index.headers import quiet
 from sfumato.data.samples import Samples
 from sfumato.data.transforms import decode
 

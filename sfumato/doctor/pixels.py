@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
-from sfumato.data.headers import orientation
+from sfumato.data.index.headers import orientation
 
 FLAT = 2  # levels within which a picture counts as one colour, and a pixel as grey
 DARK, BRIGHT = 5, 250  # mean levels

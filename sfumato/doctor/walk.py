@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sfumato.data.headers import Unusable, quiet, size_of
 from sfumato.data.index import Index, Record
+from sfumato.data.index.headers import Unusable, quiet, size_of
 from sfumato.data.samples import reductions
 from sfumato.data.transforms import covering, decode
 from sfumato.doctor.findings import Findings

@@ -1,4 +1,4 @@
-"""Every layout trains, in buckets, live and from the cache, on one rank and two: and the losses are the same."""
+"""Every layout trains, in buckets, live and from the cache, on one rank and two, to the same losses."""
 
 import json
 import os

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, features
 
-from sfumato.data import headers
-from sfumato.data.headers import Unusable, quiet, size_of
+from sfumato.data.index import headers
+from sfumato.data.index.headers import Unusable, quiet, size_of
 
 HEIGHT, WIDTH = 30, 47
 MOST = 10**6

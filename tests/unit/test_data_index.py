@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato.config import Data
-from sfumato.data import draft, index, scan
-from sfumato.data.draft import line, unline
-from sfumato.data.index import Fault, Index, PartFacts, Record, open_index
+from sfumato.data import index
+from sfumato.data.index import Fault, Index, PartFacts, Record, draft, open_index, scan
+from sfumato.data.index.draft import line, unline
 from sfumato.data.sources import Entry, Source, Span, open_source
 from sfumato.errors import UserError
 from tests.unit.toy_source import AtOnce, Toy, data_of, encoded, fill, indexed, names, opens, tell, toy

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from sfumato.data import index, scan, shelf
-from sfumato.data.index import Index
+from sfumato.data import index
+from sfumato.data.index import Index, scan, shelf
 from sfumato.errors import UserError
 from tests.unit.toy_source import Many, encoded, fill, indexed, opens, tell, toy
 
@@ -25,7 +25,7 @@ COUNT = 300
 START = """
 import contextlib, os, signal, sys
 from pathlib import Path
-from sfumato.data import draft, index, scan, shelf
+from sfumato.data import index; from sfumato.data.index import draft, scan, shelf
 from sfumato.data.index import open_index
 from tests.unit.toy_source import data_of, install
 install()
@@ -321,7 +321,7 @@ MEMORY = """
 import gc, json, threading, time
 import numpy as np, psutil
 from sfumato.config import Data
-from sfumato.data.scan import Known, Look
+from sfumato.data.index.scan import Known, Look
 from tests.unit.toy_source import AtOnce
 # What each record costs in time is not of interest here; how many are held at once has a test of its own.
 scan.size_of, scan.ThreadPoolExecutor = lambda file, most: (3, 2), AtOnce

@@ -29,9 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.data import lookup, merging, tensors, uses, writer
-from sfumato.data.store import Store, Writer, key_of
-from sfumato.data.tensors import DTYPES, ROW
+from sfumato.data.store import Store, Writer, key_of, lookup, merging, tensors, uses, writer
+from sfumato.data.store.tensors import DTYPES, ROW
 from sfumato.errors import UserError
 
 fork = multiprocessing.get_context("fork")

@@ -1,5 +1,6 @@
 """A picture's way to the tensor: what a viewer shows, its shapes kept, and numbers that say what was cut."""
 
+import gzip
 import inspect
 import io
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sfumato.data.transforms import covering, decode, geometry, render
 from sfumato.errors import UserError
-from tests.unit.pictures import picture, ramp
+from tests.unit.pictures import encoded, picture, ramp
 
 Prepare = Callable[
     [Image.Image, tuple[int, int], tuple[float, float] | None, bool], tuple[Tensor, tuple[int, ...]]
@@ -220,7 +221,7 @@ def jpeg(image: Image.Image, **settings: object) -> io.BytesIO:
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("target", [(64, 64), (64, 128), (128, 64)])
 def test_a_large_jpeg_is_decoded_small_and_shows_the_same(target: tuple[int, int], turned: bool) -> None:
-    """Decoded at an eighth of its sides or so, the window is where it was, to a fifth of a level in the mean."""
+    """Decoded at an eighth of its sides or so, the window is where it was, to a level in the mean."""
     image = ramp(1600, 2400)
     exif = image.getexif()
     exif[0x0112] = 6 if turned else 1
@@ -253,3 +254,45 @@ def test_a_file_that_is_no_picture_and_one_that_is_too_large() -> None:
     whole = jpeg(ramp(100, 100)).getvalue()
     with pytest.raises(UserError, match="truncated"):
         decode(io.BytesIO(whole[: len(whole) // 2]), "a.jpg")
+
+
+FORMATS = {
+    "rgba.png": Image.new("RGBA", (9, 9), (9, 9, 9, 9)),
+    "palette.png": picture(0).quantize(16),
+    "la.png": Image.new("LA", (9, 9), (9, 9)),
+    "cmyk.jpg": Image.new("CMYK", (9, 9), (9, 9, 9, 9)),
+    "sixteen.png": Image.fromarray(np.full((9, 9), 9999, np.uint16)),
+    "grey.jpg": Image.new("L", (9, 9), 9),
+    "web.webp": picture(1),
+    "moving.gif": picture(2),
+    "bits.bmp": picture(3),
+    "big.tiff": picture(4),
+    "new.avif": picture(5),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_read(name: str) -> None:
+    file = io.BytesIO()
+    FORMATS[name].save(file, Image.registered_extensions()["." + name.split(".")[1]])
+    for covers in (None, (4, 4)):
+        shown = decode(file, name, covers)
+        assert shown.mode == "RGB" and shown.size == FORMATS[name].size
+
+
+BROKEN = {
+    "empty.avif": encoded(picture(0), "AVIF")[:300] + bytes(900),
+    "truncated.png": encoded(picture(0))[:-500],
+    "truncated.jpg": encoded(picture(0), "JPEG")[:-500],
+    "header.png": encoded(picture(0))[:12],
+    "empty.png": b"",
+    "text.png": b"<html>404</html>",
+    "zip.webp": gzip.compress(b"x" * 99),
+    "flipped.png": encoded(picture(0)).replace(b"IDAT", b"IDAT\xff\xff\xff", 1),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_picture_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        decode(io.BytesIO(BROKEN[name]), name)

@@ -17,10 +17,10 @@ import numpy as np
 import PIL
 
 from sfumato.config import Data
-from sfumato.data.draft import unline, unpacked
-from sfumato.data.headers import quiet
-from sfumato.data.scan import Wish, build, look, part_name
-from sfumato.data.shelf import FORMAT, facts_of, freshen, locked, published
+from sfumato.data.index.draft import unline, unpacked
+from sfumato.data.index.headers import quiet
+from sfumato.data.index.scan import Wish, build, look, part_name
+from sfumato.data.index.shelf import FORMAT, facts_of, freshen, locked, published
 from sfumato.data.sources import Entry, Source, Span, digest, open_source
 from sfumato.errors import UserError
 

@@ -15,8 +15,8 @@ from uuid import uuid4
 
 import numpy as np
 
-from sfumato.data.tensors import KEY_BYTES
-from sfumato.data.writer import published, sweep
+from sfumato.data.store.tensors import KEY_BYTES
+from sfumato.data.store.writer import published, sweep
 from sfumato.errors import UserError
 
 CHUNK = 2**20  # keys that are written at a time

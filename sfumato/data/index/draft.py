@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.data.shelf import FACTS, FORMAT, PROGRESS
+from sfumato.data.index.shelf import FACTS, FORMAT, PROGRESS
 from sfumato.data.sources import Entry, Span
 from sfumato.errors import UserError
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfumato.data.draft import COLUMNS, HEADER, Draft, unline
-from sfumato.data.headers import Unusable, quiet, size_of, unread
-from sfumato.data.shelf import DRAFTS, FORMAT, TOLD, Left, drafts, facts_of, publish, published, tidy
+from sfumato.data.index.draft import COLUMNS, HEADER, Draft, unline
+from sfumato.data.index.headers import Unusable, quiet, size_of, unread
+from sfumato.data.index.shelf import DRAFTS, FORMAT, TOLD, Left, drafts, facts_of, publish, published, tidy
 from sfumato.data.sources import Entry, Source, Span
 from sfumato.errors import UserError
 

@@ -9,9 +9,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from sfumato.data.lookup import VERSION, Shard, Table, empty, fingerprint, load, newest, retire
-from sfumato.data.tensors import ROW, Damaged, read
-from sfumato.data.writer import SHARDS, published, room, sweep
+from sfumato.data.store.lookup import VERSION, Shard, Table, empty, fingerprint, load, newest, retire
+from sfumato.data.store.tensors import ROW, Damaged, read
+from sfumato.data.store.writer import SHARDS, published, room, sweep
 from sfumato.errors import UserError
 
 Tell = Callable[[str], None]

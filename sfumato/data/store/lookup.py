@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfumato.data.tensors import DTYPES, KEY_BYTES, ROW, Damaged, Lying, nbytes
+from sfumato.data.store.tensors import DTYPES, KEY_BYTES, ROW, Damaged, Lying, nbytes
 
 VERSION = 1
 CHUNK = 2**16  # keys that are looked up at a time

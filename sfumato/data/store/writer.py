@@ -17,7 +17,7 @@ from uuid import uuid4
 import psutil
 from torch import Tensor
 
-from sfumato.data.tensors import KEY_BYTES, NAME, Blob, blob, encode
+from sfumato.data.store.tensors import KEY_BYTES, NAME, Blob, blob, encode
 from sfumato.errors import UserError
 
 SHARD_BYTES = 256 * 2**20

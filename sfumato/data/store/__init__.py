@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.data import lookup, uses
-from sfumato.data.lookup import Shard
-from sfumato.data.merging import set_aside, table_of
-from sfumato.data.pruning import needed, plan
-from sfumato.data.tensors import DTYPES, KEY_BYTES, Damaged, Lying, nbytes
-from sfumato.data.uses import Use
-from sfumato.data.writer import SHARD_BYTES, SHARDS, SUFFIX, Writer
+from sfumato.data.store import lookup, uses
+from sfumato.data.store.lookup import Shard
+from sfumato.data.store.merging import set_aside, table_of
+from sfumato.data.store.pruning import needed, plan
+from sfumato.data.store.tensors import DTYPES, KEY_BYTES, Damaged, Lying, nbytes
+from sfumato.data.store.uses import Use
+from sfumato.data.store.writer import SHARD_BYTES, SHARDS, SUFFIX, Writer
 from sfumato.errors import UserError
 
 __all__ = ["Store", "Use", "Writer", "key_of"]

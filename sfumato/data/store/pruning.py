@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sfumato.data.lookup import Table
-from sfumato.data.merging import BLOCK, edges
-from sfumato.data.tensors import KEY_BYTES, read
+from sfumato.data.store.lookup import Table
+from sfumato.data.store.merging import BLOCK, edges
+from sfumato.data.store.tensors import KEY_BYTES, read
 
 
 class Plan(NamedTuple):
