@@ -287,7 +287,7 @@ BROKEN = {
     "header.png": encoded(picture(0))[:12],
     "empty.png": b"",
     "text.png": b"<html>404</html>",
-    "zip.webp": gzip.compress(b"x" * 99),
+    "zip.webp": gzip.compress(b"x" * 99, mtime=0),
     "flipped.png": encoded(picture(0)).replace(b"IDAT", b"IDAT\xff\xff\xff", 1),
 }
 
