@@ -162,9 +162,10 @@ def test_ranks_end_with_a_killed_supervisor(tmp_path: Path) -> None:
     process.kill()
     process.wait(10)
     end = time.monotonic() + 10
-    while time.monotonic() < end and any("rank" in rank.cmdline() for rank in ours()):
+    while time.monotonic() < end and "saved" not in (tmp_path / "rank-1.log").read_text():
         time.sleep(0.1)
     assert "saved" in (tmp_path / "rank-1.log").read_text()
+    check_nothing_left()
 
 
 def test_a_closed_pipe_does_not_stop_a_run(tmp_path: Path) -> None:

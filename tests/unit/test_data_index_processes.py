@@ -134,7 +134,7 @@ def test_no_lock_is_caught(place: Path, start: Any) -> None:
 
 
 def test_who_waits_says_for_whom(place: Path, start: Any) -> None:
-    slow(place, 0.1)
+    slow(place, 0.4)
     first = start(place)
     wait_for(lambda: recorded(place) > 20)
     second = start(place, "shelf.TOLD = 0.2")
