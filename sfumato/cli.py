@@ -157,11 +157,21 @@ def sample(arguments: argparse.Namespace) -> int:
         sampling,
         device=own.device,
         dtype=dtype,
+        loras=[weighted(word) for word in arguments.lora],
         rank=own.rank,
         world=own.world,
     ):
         print(path)
     return 0
+
+
+def weighted(word: str) -> tuple[Path, float]:
+    """A file and its weight from FILE or FILE=WEIGHT."""
+    name, _, weight = word.rpartition("=")
+    try:
+        return (Path(name), float(weight)) if name else (Path(word), 1.0)
+    except ValueError:
+        return Path(word), 1.0  # the name itself has a "="
 
 
 def export(arguments: argparse.Namespace) -> int:

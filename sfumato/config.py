@@ -45,11 +45,36 @@ class Model(Section):
     """Tokens of a prompt that are read: 77, or two or three windows of 75 encoded one by one and joined."""
 
 
-class Method(Section):
-    """What learns."""
+def named(value: Any) -> Any:
+    """Let a kind stand for its table: `weight = "min_snr"` is `weight = { kind = "min_snr" }`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class Full(Section):
+    """Every weight of the denoiser learns."""
 
     kind: Literal["full"] = "full"
-    """"full": every weight of the denoiser."""
+
+
+class LoRA(Section):
+    """Small matrices beside the denoiser's layers learn; the layers stay (arXiv:2106.09685). Needs peft."""
+
+    kind: Literal["lora"]
+    rank: int = Field(16, ge=1)
+    """Columns of the small matrices."""
+    alpha: float | None = Field(None, gt=0)
+    """Their product counts alpha / rank times; unset: once."""
+    targets: tuple[str, ...] = ()
+    """The layers: ends of their names such as "to_q", or patterns such as "re:.*attn2.*to_[kv]"; unset:
+    those of the family."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a small matrix's inputs that is left out while training."""
+    dora: bool = False
+    """Learn the length of each layer's columns besides (arXiv:2402.09353)."""
+    rslora: bool = False
+    """Count the product alpha / sqrt(rank) times (arXiv:2312.03732)."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How the first small matrix is drawn; the second starts at 0, so that nothing is changed at step 0."""
 
 
 class Layout(Section):
@@ -247,11 +272,6 @@ class MinSNRWeight(Section):
     """The SNR above which a timestep counts less."""
 
 
-def named(value: Any) -> Any:
-    """Let a kind stand for its table: `weight = "min_snr"` is `weight = { kind = "min_snr" }`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
 class Objective(Section):
     """What the network is asked to predict, at which noise levels, and how much each counts."""
 
@@ -406,7 +426,8 @@ class Config(Section):
     micro_batch_size: int = Field(1, ge=1)
     """Samples per forward pass on one rank; the rest is accumulated."""
     model: Model
-    method: Method = Method()
+    method: Annotated[Full | LoRA, Field(discriminator="kind")] = Full()
+    """What learns."""
     data: Data
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
@@ -416,6 +437,8 @@ class Config(Section):
     preview: Preview = Preview()
     log: Log = Log()
     export: Export = Export()
+
+    _named = field_validator("method", mode="before")(named)
 
     @property
     def folder(self) -> Path:

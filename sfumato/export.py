@@ -5,18 +5,20 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sfumato import models
+from sfumato import methods, models
 from sfumato.config import parse
 from sfumato.engine import checkpoint
 from sfumato.engine.engine import DTYPES
 from sfumato.errors import UserError
-from sfumato.models.loading import quiet
 from sfumato.objective import Objective
 
 
 def export(run: Path, to: Path | None = None, dtype: str | None = None, weights: str | None = None) -> Path:
-    """Write a run's newest checkpoint, or the checkpoint that `run` names, as a diffusers pipeline.
+    """Write a run's newest checkpoint, or the checkpoint that `run` names, as its users load it.
+
+    That is a diffusers pipeline, or of a LoRA its files for diffusers and others.
 
     to: the new folder; unset: the run's `export`. dtype: "fp32", "bf16" or "fp16"; unset: as the config says.
     weights: "ema" or "live"; unset: the average if the run keeps one. Returns the folder, which appears in
@@ -26,24 +28,22 @@ def export(run: Path, to: Path | None = None, dtype: str | None = None, weights:
     config = parse(saved.state["config"], str(saved.path))
     kind = which(weights, saved)
     to = to or saved.path.parent.parent / "export"
-    if to.exists() and not (to / "model_index.json").is_file():
+    if to.exists() and not (to / "sfumato.json").is_file():
         raise UserError(f"an export to {to}", "something else is there", "name another folder")
     kept = DTYPES[dtype or config.export.dtype]
-    family = models.load(config.model, torch.device("cpu"), kept, torch.float32)
-    if not (family.vae.config.force_upcast and kept == torch.float16):
-        # SDXL's VAE overflows in fp16 and says so in its config: it stays fp32.
-        with quiet():
-            family.vae.to(kept)
-    objective = Objective(config.objective, family.scheduler_config)
-    denoiser = family.build_denoiser()
-    found = denoiser.load_state_dict({n: saved.whole(kind, n) for n in saved.parameters}, strict=False)
-    assert not found.unexpected_keys, f"the checkpoint has other parameters: {found.unexpected_keys[:3]}"
-    assert not set(found.missing_keys) & {n for n, _ in denoiser.named_parameters()}, "parameters are missing"
+    family = models.load(config.model, torch.device("cpu"), kept, torch.float32, False, False)
+    process = Objective(config.objective, family.scheduler_config).process.sampler_settings()
     part = to.with_name(f".{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with quiet():
-        pipeline = family.assemble(denoiser.to(kept).eval(), objective.process.sampler_settings())
-        pipeline.save_pretrained(part, safe_serialization=True)
+    part.mkdir(parents=True)
+    unread = set(saved.parameters)
+
+    def read(name: str) -> Tensor:
+        unread.discard(name)
+        return saved.whole(kind, name)
+
+    methods.build(config, family).export(read, part, kept, process)
+    assert not unread, f"the export left out {sorted(unread)[:3]}"
     facts = {"step": saved.step, "weights": kind, "run": config.name, "base": config.model.weights}
     (part / "sfumato.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(to, ignore_errors=True)

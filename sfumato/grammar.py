@@ -100,6 +100,13 @@ def sampling_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--steps", type=positive, default=25, help="denoising steps")
     command.add_argument("--gpus", type=positive, metavar="N", help="share the pictures among N ranks")
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=WEIGHT]",
+        help="a LoRA's file or run; again for more",
+    )
     command.add_argument("--guidance", type=float, default=5.0, help="1 is none")
     command.add_argument("--size", type=positive, help="side in pixels; default: what the model was made for")
     command.add_argument("--negative", help="what the pictures should not show")

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sfumato import config, models
@@ -17,10 +19,12 @@ from sfumato.drawings import Drawing, Sampling, grid, grid_of, write
 from sfumato.errors import UserError
 from sfumato.models.family import Family
 from sfumato.models.folder import locate, read_json
-from sfumato.models.loading import quiet
+from sfumato.models.loading import peft_library, quiet
 
 __all__ = ["Drawing", "Sampling", "draw", "grid", "grid_of", "sample_folder", "write"]
 
+LORA = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the file of a LoRA."""
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -40,17 +44,22 @@ def sample_folder(
     dtype: torch.dtype = torch.float32,
     prompt_window: int | None = None,
     variant: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
     rank: int = 0,
     world: int = 1,
     drawn: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Draw with a diffusers folder, a run's export or a hub id; rank 0 writes PNGs, their list and a grid.
 
+    loras: files or runs' folders, each with its weight.
+
     `prompt_window` None is what the run was trained with, or 77. Returns the PNGs' paths, [] on other ranks.
     Raises UserError for a source that holds no model, and for pictures that are not finite.
     """
-    folder, trained_window = find_model(source, variant)
-    pipeline, family = open_pipeline(folder, device, dtype, prompt_window or trained_window, variant)
+    found = find_model(source, variant)
+    window = prompt_window or found.prompt_window
+    pipeline, family = open_pipeline(found.folder, device, dtype, window, variant)
+    add_loras(pipeline, [*([(found.lora, 1.0)] if found.lora else []), *loras])
     drawings = draw(
         pipeline,
         prompts,
@@ -76,21 +85,64 @@ def sample_folder(
     return paths
 
 
-def find_model(source: str | Path, variant: str | None = None) -> tuple[Path, int]:
-    """The diffusers folder that a source means, and how many tokens of a prompt it was trained to read."""
+@dataclass(frozen=True)
+class Found:
+    """What a source means."""
+
+    folder: Path
+    """A diffusers folder."""
+    prompt_window: int
+    """Tokens of a prompt that it was trained to read."""
+    lora: Path | None = None
+    """The folder of a LoRA that belongs to it."""
+
+
+def find_model(source: str | Path, variant: str | None = None) -> Found:
+    """The diffusers folder that a source means: a folder, a run or a hub id. Raises UserError."""
     path = Path(source).expanduser()
     if (path / "model_index.json").is_file():
-        return path, 77
+        return Found(path, 77)
     record = path / "resolved.json"
     if not record.is_file():
-        return locate(str(source), variant=variant), 77
-    if not (path / "export" / "model_index.json").is_file():
+        return Found(locate(str(source), variant=variant), 77)
+    export, model = path / "export", read_json(record).get("model", {})
+    window = int(model.get("prompt_window", 77))
+    if (export / LORA).is_file():
+        base = locate(str(model["weights"]), model.get("revision"), model.get("variant"))
+        return Found(base, window, export)
+    if not (export / "model_index.json").is_file():
         raise UserError(
             f"drawing with the run {path}",
             "it has no export yet, which is written after its last step",
             "let it finish: start the same command again; or draw with the weights that it started from",
         )
-    return path / "export", int(read_json(record).get("model", {}).get("prompt_window", 77))
+    return Found(export, window)
+
+
+def add_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
+    """Put adapters into a pipeline, each with its weight. Raises UserError for one that does not fit."""
+    if loras:
+        peft_library("drawing with a LoRA")
+    for number, (path, _) in enumerate(loras):
+        place = path / "export" if (path / "export" / LORA).is_file() else path
+        file = place if place.is_file() else place / LORA
+        asked = f"the LoRA {path}"
+        if not file.is_file():
+            raise UserError(
+                asked, f"no such file, and no {LORA} there", "name a LoRA's file or a run's folder"
+            )
+        try:
+            with quiet():
+                pipeline.load_lora_weights(
+                    file.parent, weight_name=file.name, adapter_name=f"lora{number}", local_files_only=True
+                )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                asked, f"it does not fit the model: {reason}", "take one of the same family"
+            ) from error
+    if loras:
+        pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [weight for _, weight in loras])
 
 
 def open_pipeline(

@@ -1,6 +1,7 @@
 """The loop: the order of events, and no arithmetic."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def train(config: Config) -> Path:
         family.try_attention(config.engine.attention, DTYPES[config.engine.precision])
     method = methods.build(config, family)
     objective = Objective(config.objective, family.scheduler_config)
-    weights = starting(method.build, method.weights(), config.seed, config.folder, place)
+    draw = partial(method.draw, config.seed)
+    weights = starting(method.weights(), draw, method.source_name, config.folder, place)
     engine = Engine(config, place, method.build, weights)
     if saved is not None:
         checkpoint.load(engine, saved)

@@ -59,7 +59,7 @@ def save(engine: Engine, folder: Path, facts: dict[str, Any], keep: int) -> Path
             "format": FORMAT,
             "step": engine.step_count,
             "files": dict(sizes),
-            "parameters": {n: shards.shape_of(p) for n, p in engine.deepspeed.module.named_parameters()},
+            "parameters": learning(engine),
             "scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
         }
         (part / "state.json").write_text(json.dumps(state, indent=1))
@@ -150,10 +150,16 @@ class Saved:
         return self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
 
 
+def learning(engine: Engine) -> dict[str, list[int]]:
+    """The shapes of the parameters that learn, by name: what a checkpoint holds."""
+    parameters = engine.deepspeed.module.named_parameters()
+    return {name: list(shards.shape_of(p)) for name, p in parameters if p.requires_grad}
+
+
 @torch.no_grad()
 def load(engine: Engine, saved: Saved) -> None:
     """Put a checkpoint's weights, optimizer states and step into the engine, on all ranks together."""
-    wanted = {n: list(shards.shape_of(p)) for n, p in engine.deepspeed.module.named_parameters()}
+    wanted = learning(engine)
     if wanted != saved.parameters:
         names = wanted.keys() | saved.parameters.keys()
         differing = sorted(name for name in names if wanted.get(name) != saved.parameters.get(name))

@@ -74,14 +74,28 @@ def _partitioned(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # ty
 
 @torch.no_grad()
 def fill(engine: object, read: Read) -> None:
-    """Write this rank's fp32 masters from `read`, and then the weights that the forward pass uses.
+    """Write this rank's fp32 masters and frozen weights from `read`, then what the forward pass uses.
 
     All ranks call it together. Writing the masters directly keeps the digits that a bf16 model on its way
     into DeepSpeed would round off.
     """
     for shard in owned(engine):
         shard.master.copy_(read(shard.name, shard.start, shard.length))
+    for name, parameter in engine.module.named_parameters():  # type: ignore[attr-defined]
+        if not parameter.requires_grad:
+            start, own = own_part(parameter)
+            own.copy_(read(name, start, len(own)))
     refresh(engine)
+
+
+def own_part(frozen: Tensor) -> tuple[int, Tensor]:
+    """What this rank keeps of a frozen parameter: the first element's number, and the numbers, 1-D."""
+    if not hasattr(frozen, "ds_tensor"):
+        return 0, frozen.detach().view(-1)
+    part = frozen.ds_tensor.numel()
+    start = part * torch.distributed.get_rank()
+    length = max(0, min(part, frozen.ds_numel - start))  # type: ignore[attr-defined]
+    return start, frozen.ds_tensor.detach().view(-1)[:length]
 
 
 @torch.no_grad()

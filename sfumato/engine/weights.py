@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,16 +13,19 @@ from sfumato.errors import UserError
 
 
 class WeightFiles:
-    """The tensors of one or more safetensors files, by name; opened lazily, never held whole."""
+    """The tensors of one or more safetensors files, by name; opened lazily, never held whole.
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = list(files)
+    called: a parameter's name -> its name in the files.
+    """
+
+    def __init__(self, files: Sequence[Path], called: Callable[[str], str] = str) -> None:
+        self.files, self.called = list(files), called
         self._open = [safe_open(file, "pt") for file in self.files]
         self._of = {name: file for file in self._open for name in file.keys()}
 
     def check(self, module: nn.Module) -> None:
         """Refuse files whose names or shapes are not those of the module's parameters."""
-        wanted = {name: shape_of(p) for name, p in module.named_parameters()}
+        wanted = {self.called(name): shape_of(p) for name, p in module.named_parameters()}
         missing = sorted(wanted.keys() - self._of.keys())
         surplus = sorted(self._of.keys() - wanted.keys() - {name for name, _ in module.named_buffers()})
         wrong = [
@@ -41,30 +43,27 @@ class WeightFiles:
 
     def __call__(self, name: str, start: int, length: int) -> Tensor:
         """A slice of the flattened tensor, (length,)."""
+        name = self.called(name)
         return self._of[name].get_tensor(name).flatten()[start : start + length]
 
 
 def starting(
-    build: Callable[[], nn.Module], files: Sequence[Path], seed: int, folder: Path, ranks: Ranks
+    files: Sequence[Path],
+    draw: Callable[[], dict[str, Tensor]],
+    called: Callable[[str], str],
+    folder: Path,
+    ranks: Ranks,
 ) -> WeightFiles:
-    """The weights that a run starts from: the files, or where there are none random ones kept in `folder`."""
-    return WeightFiles(files) if files else from_random(build, seed, folder, ranks)
+    """The weights that a run starts from: its files, and what is drawn, once, on the first rank.
 
-
-def from_random(build: Callable[[], nn.Module], seed: int, folder: Path, ranks: Ranks) -> WeightFiles:
-    """Draw the module's starting weights once, on the first rank's CPU, and hand them over as a file.
-
-    Through a file every ZeRO stage and number of ranks starts from the same numbers, and a run that is
-    started again before its first checkpoint does too.
+    Through a file in the run's `folder` every ZeRO stage and number of ranks starts from the same numbers,
+    and a run that is started again before its first checkpoint does too.
     """
     file = folder / "random.safetensors"
-    if ranks.first and not file.exists():
+    if ranks.first and not file.exists() and (drawn := draw()):
         folder.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = build()
         part = file.with_suffix(".part")
-        save_file({name: p.detach().contiguous() for name, p in module.state_dict().items()}, part)
+        save_file(drawn, part)
         part.rename(file)
     ranks.barrier()
-    return WeightFiles([file])
+    return WeightFiles([*files, file] if file.exists() else files, called)

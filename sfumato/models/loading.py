@@ -93,6 +93,16 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return words
 
 
+def peft_library(asked: str) -> Any:
+    """The package peft. Raises UserError, with the pip line, if it cannot be imported."""
+    try:
+        import peft
+    except ImportError as error:
+        found = f"the package peft makes adapters, and cannot be imported: {error}"
+        raise UserError(asked, found, "pip install 'sfumato[lora]'") from error
+    return peft
+
+
 def module_dtype(net: nn.Module) -> torch.dtype:
     """The dtype of a module's weights: what its inputs are cast to."""
     for parameter in net.parameters():

@@ -88,7 +88,7 @@ def check_sizes(source: str, file: str) -> None:
 def check_words(source: str, file: str) -> None:
     """Fail for modules and constructs that have no place here."""
     for module, line in imports(source):
-        for forbidden in ("torch.cuda", "accelerate", "omegaconf", "hydra", "torchvision", "peft"):
+        for forbidden in ("torch.cuda", "accelerate", "omegaconf", "hydra", "torchvision"):
             assert not f"{module}.".startswith(f"{forbidden}."), f"{file}:{line} imports {module}"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -141,7 +141,9 @@ def test_every_format_by_its_suffix(tmp_path: Path, kind: str) -> None:
             assert file.read() == data
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", gzip.compress(b"x", mtime=0), encoded(picture(0))[:-500]])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>404</html>", gzip.compress(b"x", mtime=0), encoded(picture(0))[:-500]]
+)
 def test_a_source_does_not_judge_pixels(tmp_path: Path, data: bytes) -> None:
     """What an image's bytes are worth is found out by the index."""
     text_folder(tmp_path, 1)

@@ -1,0 +1,166 @@
+"""LoRA: starts as the identity, learns alone, is the same at every stage, and stock pipelines load it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from sfumato import methods, models
+from sfumato.config import parse
+from sfumato.engine import checkpoint
+from sfumato.errors import UserError
+from tests.engine import runs, toys
+from tests.engine.ranks import run_ranks
+
+RULES: dict[str, dict[str, Any]] = {
+    "plain": {"rank": 4, "alpha": 8.0},
+    "dora": {"rank": 2, "dora": True},
+    "rslora": {"rank": 4, "alpha": 2.0, "rslora": True, "targets": ["re:.*attn2.*to_[kv]", "to_q"]},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    for family in ("sd", "sdxl"):
+        runs.write_model(family, folder / family)
+    runs.write_pictures(folder / "pictures")
+    return folder
+
+
+def settings(place: Path, family: str, rule: str, name: str, **changes: Any) -> dict[str, Any]:
+    values = runs.settings(place, family, name=name, optimizer__lr=1e-2, **changes)
+    return values | {"method": {"kind": "lora"} | RULES[rule]}
+
+
+def several(jobs: list[dict[str, Any]]) -> list[str]:
+    return [str(runs.train_here(values)) for values in jobs]
+
+
+def train(jobs: list[dict[str, Any]], world: int = 1) -> list[Path]:
+    return [Path(export) for export in run_ranks(several, world, jobs, timeout=280)[0]]
+
+
+def unet_answer(net: Any) -> torch.Tensor:
+    """The denoiser's answer to fixed inputs."""
+    draw = torch.Generator().manual_seed(5)
+    width = net.config.cross_attention_dim
+    x, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, width, generator=draw)
+    added = {"text_embeds": torch.randn(2, 40, generator=draw), "time_ids": torch.full((2, 6), 64.0)}
+    more = {"added_cond_kwargs": added} if net.config.addition_embed_type else {}
+    with torch.no_grad():
+        return net(x, torch.tensor([3.0, 700.0]), text, **more).sample  # type: ignore[no-any-return]
+
+
+def live(export: Path, weights: str = "weight") -> Any:
+    """The denoiser as it was when training ended: base and adapters put together by hand, in float64.
+
+    W + scale * B @ A, which is what a LoRA means (arXiv:2106.09685); for layers without DoRA.
+    """
+    folder = export.parent / "checkpoints"
+    saved = checkpoint.Saved(checkpoint.path_of(folder, checkpoint.steps_in(folder)[-1]))
+    config = parse(saved.state["config"])
+    rule = config.method
+    net = UNet2DConditionModel.from_pretrained(Path(config.model.weights) / "unet")
+    alpha = rule.alpha or rule.rank
+    scale = alpha / (rule.rank**0.5 if rule.rslora else rule.rank)
+    layers = dict(net.named_modules())
+    for name in saved.parameters:
+        if ".lora_A." in name:
+            a = saved.whole(weights, name).double()
+            b = saved.whole(weights, name.replace(".lora_A.", ".lora_B.")).double()
+            layer = layers[name.split(".lora_A.")[0]]
+            layer.weight.data = (layer.weight.double() + scale * (b @ a)).float()
+    return net
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_it_starts_as_the_identity(place: Path, family: str, rule: str) -> None:
+    config = parse(settings(place, family, rule, "start"))
+    part = models.load(config.model, torch.device("cpu"), torch.float32, torch.float32)
+    method = methods.build(config, part)
+    base = UNet2DConditionModel.from_pretrained(place / family / "unet")
+    net = method.build()
+    learns = {name for name, p in net.named_parameters() if p.requires_grad}
+    drawn = method.draw(7)
+    assert drawn.keys() == learns and all("lora_" in name for name in learns)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(drawn[name] if name in learns else base.get_parameter(method.source_name(name)))
+    torch.testing.assert_close(unet_answer(net), unet_answer(base), atol=1e-6, rtol=1e-5)
+    assert any(bool(p.abs().sum()) for name, p in drawn.items() if "lora_A" in name)
+    assert all(torch.equal(drawn[name], again) for name, again in method.draw(7).items())
+    assert any(not torch.equal(drawn[name], other) for name, other in method.draw(8).items())
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_t13_stock_pipelines_load_both_files(place: Path, family: str) -> None:
+    """The scale, the names, and the base: what is loaded is W + scale * B @ A, and what was trained."""
+    rules = ("plain", "rslora")
+    exports = train([settings(place, family, rule, f"{family}-{rule}", ema__enabled=False) for rule in rules])
+    for rule, export in zip(rules, exports, strict=True):
+        expected = unet_answer(live(export))
+        base = unet_answer(UNet2DConditionModel.from_pretrained(place / family / "unet"))
+        assert (expected - base).abs().max() > 1e-3, "nothing was learned"
+        for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+            pipeline = DiffusionPipeline.from_pretrained(place / family, safety_checker=None)
+            pipeline.load_lora_weights(export, weight_name=file)
+            gap = (unet_answer(pipeline.unet) - expected).abs().max()
+            assert gap < 1e-5, f"{rule} through {file} is off by {gap}"
+            pipeline.fuse_lora()
+            assert (unet_answer(pipeline.unet) - expected).abs().max() < 1e-5
+
+
+def test_t13_catches_a_scale_that_is_lost(place: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    [export] = train([settings(place, "sd", "plain", "scaled", ema__enabled=False)])
+    tensors = load_file(export / "pytorch_lora_weights.safetensors")
+    save_file(tensors, tmp_path / "bare.safetensors")  # without its metadata alpha is taken for the rank
+    pipeline = DiffusionPipeline.from_pretrained(place / "sd", safety_checker=None)
+    pipeline.load_lora_weights(tmp_path, weight_name="bare.safetensors")
+    assert (unet_answer(pipeline.unet) - unet_answer(live(export))).abs().max() > 1e-4
+
+
+def test_every_stage_learns_the_same_and_resumes(place: Path) -> None:
+    """One rank at stage 0, and two at 1, 2 and 3; and a run that is stopped in the middle."""
+    [one] = train([settings(place, "sd", "dora", "one", engine__zero_stage=0)])
+    jobs = [settings(place, "sd", "dora", f"two-{stage}", engine__zero_stage=stage) for stage in (1, 2, 3)]
+    halves = [settings(place, "sd", "dora", "half", steps=steps, engine__zero_stage=3) for steps in (2, 4)]
+    *others, _, resumed = train([*jobs, *halves], 2)
+    expected = runs.tensors_of(one.parent)
+    assert all("lora_" in name for name in expected), "the checkpoint holds what is frozen"
+    for export in (*others, resumed):
+        assert toys.distance(runs.tensors_of(export.parent), expected) < 1e-5
+        for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+            mine, theirs = load_file(export / file), load_file(one / file)
+            assert mine.keys() == theirs.keys()
+    pipeline = DiffusionPipeline.from_pretrained(place / "sd", safety_checker=None)
+    pipeline.load_lora_weights(one)
+    drawn = pipeline("x", num_inference_steps=2, height=64, width=64, output_type="np").images
+    assert np.isfinite(drawn).all()
+
+
+def test_bf16_over_a_bf16_base(place: Path) -> None:
+    [low, high] = train(
+        [
+            settings(place, "sdxl", "plain", p, engine__precision=p, engine__zero_stage=2)
+            for p in ("bf16", "fp32")
+        ]
+    )
+    gap = toys.distance(runs.tensors_of(low.parent), runs.tensors_of(high.parent))
+    assert 0 < gap < 0.1
+    values = torch.cat([t.flatten() for t in runs.tensors_of(low.parent).values()])
+    assert not torch.equal(values, values.bfloat16().float()), "the adapters' masters are not fp32"
+
+
+def test_a_target_that_matches_nothing_is_told(place: Path) -> None:
+    config = parse(settings(place, "sd", "plain", "bad") | {"method": {"kind": "lora", "targets": ["to_qq"]}})
+    part = models.load(config.model, torch.device("cpu"), torch.float32, torch.float32)
+    with pytest.raises(UserError, match=r'(?s)"to_qq".*to_q'):
+        methods.build(config, part)
