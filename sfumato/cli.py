@@ -174,6 +174,16 @@ def weighted(word: str) -> tuple[Path, float]:
         return Path(word), 1.0  # the name itself has a "="
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure."""
+    if arguments.real:
+        tuning.restart()
+    from sfumato.bench import data as measure
+
+    measure.run(arguments.json, arguments.quick)
+    return 0
+
+
 def export(arguments: argparse.Namespace) -> int:
     """Write a checkpoint as a diffusers folder."""
     from sfumato.export import export as write
@@ -213,4 +223,6 @@ def presets(arguments: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {verb.__name__: verb for verb in (train, check, data, cache, sample, export, demo, tiny, presets)}
+VERBS = {
+    verb.__name__: verb for verb in (train, check, data, cache, sample, bench, export, demo, tiny, presets)
+}

@@ -48,6 +48,11 @@ def grammar() -> argparse.ArgumentParser:
     command = verb("sample", "draw pictures with a trained model, or any diffusers folder")
     sampling_options(command)
 
+    command = verb("bench", "measure this machine: how fast data are read, beside Pillow and datasets")
+    command.add_argument("what", choices=("data",))
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    command.add_argument("--quick", action="store_true", help="less of everything: two minutes or so")
+
     command = verb("export", "write a run's checkpoint as a diffusers folder")
     command.add_argument(
         "run", type=Path, help="the run's folder, such as runs/NAME, or one of its checkpoints"

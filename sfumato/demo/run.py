@@ -12,7 +12,8 @@ from PIL import Image
 from sfumato import config, launch
 from sfumato.demo import emoji, measure
 from sfumato.drawings import Drawing, Sampling, grid, write
-from sfumato.sample import draw, open_pipeline
+from sfumato.pipelines import open_pipeline
+from sfumato.sample import draw
 from sfumato.tuning import has_accelerator
 
 SHIPPED = Path(__file__).parent / "base"
@@ -48,7 +49,7 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     images = output / "demo" / "images-openmoji"
     emoji.write_images("openmoji", images, codes=emoji.tuning())
     wishes = [f"output={output}", f"model.weights={base}", f"data.source={images}"]
-    wishes = [*shares(), *wishes, *overrides]
+    wishes = [*shares(), *wishes, f"data.store={output / 'demo' / 'cache'}", *overrides]
     settings = config.load(SETTINGS, wishes)
     held = {code: emoji.concepts()[code] for code in emoji.held_out()}
     print(f"The base draws {len(held)} concepts, as it learned them in the style of Noto ...")

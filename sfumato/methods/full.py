@@ -17,12 +17,12 @@ class Full:
     """Full training: the denoiser itself is the trained module."""
 
     def __init__(self, family: Family, config: Config) -> None:
-        self.family, self.engine = family, config.engine
+        self.family, self.config = family, config
 
     def build(self) -> nn.Module:
         """The denoiser from its config file, holding random numbers."""
         net = self.family.build_denoiser()
-        prepare(net, self.engine.attention, self.engine.gradient_checkpointing)
+        prepare(net, self.config.engine.attention, self.config.engine.gradient_checkpointing)
         return net
 
     def weights(self) -> list[Path]:

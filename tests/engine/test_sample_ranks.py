@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sfumato import models, sample
+from sfumato import models, pipelines, sample
 from sfumato.engine import ranks  # noqa: F401 - keeps DeepSpeed from compiling an operator for minutes
 from sfumato.sample import Sampling
 from tests.engine.ranks import RankError, run_ranks
@@ -17,7 +17,7 @@ Picture = tuple[int, str, int, bytes]
 
 
 def pictures(folder: Path, rank: int = 0, world: int = 1) -> list[Picture]:
-    pipeline = sample.open_pipeline(folder, "cpu", torch.float32, 77, None)[0]
+    pipeline = pipelines.open_pipeline(folder, "cpu", torch.float32, 77, None)[0]
     if world > 1:
         shard(pipeline.unet)
         (folder / f"sharded-{rank}").touch()

@@ -24,7 +24,7 @@ ROOMS = (
     ("objective",),
     ("methods",),
     ("engine",),
-    ("check", "drawings", "export", "report", "run", "sample"),
+    ("check", "drawings", "export", "pipelines", "report", "run", "sample"),
     ("start",),
     ("cache",),
     ("train",),
@@ -36,7 +36,7 @@ ROOMS = (
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 FILE_LINES, FUNCTION_LINES, TRAIN_LINES = 300, 60, 120
 # A file that is over its bound, with the reason.
-LONGER = {"config.py": 560}  # one page that lists every setting; most of it is docstrings
+LONGER = {"config.py": 600}  # one page that lists every setting; most of it is docstrings
 
 
 def place(path: Path) -> str:

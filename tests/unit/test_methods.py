@@ -49,11 +49,17 @@ def test_every_weight_learns_catches_a_frozen_one(folder: Path) -> None:
     method = full(folder)
     assert isinstance(method, Full)
     with pytest.raises(AssertionError, match="does not learn"):
-        check_whole_denoiser(Broken(method.family, method.engine))
+        check_whole_denoiser(Broken(method.family, method.config))
 
 
 def test_from_scratch_has_no_files(folder: Path) -> None:
-    assert full(folder, from_scratch=True).weights() == []
+    method = full(folder, from_scratch=True)
+    assert method.weights() == []
+    drawn, again, other = method.draw(3), method.draw(3), method.draw(4)
+    assert drawn.keys() == method.build().state_dict().keys()
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+    assert not torch.equal(drawn["conv_in.weight"], other["conv_in.weight"])
+    assert full(folder).draw(3) == {}
 
 
 def test_predict_is_the_denoisers_answer(folder: Path) -> None:

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from sfumato import config, models, sample
+from sfumato import config, models, pipelines, sample
 from sfumato.errors import UserError
 from sfumato.sample import Drawing, Sampling, draw, grid, sample_folder, share, write
 
@@ -47,7 +47,7 @@ def pipeline(sd: Path) -> Any:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    pipeline = sample.open_pipeline(folder, "cpu", dtype, 77, None)[0]
+    pipeline = pipelines.open_pipeline(folder, "cpu", dtype, 77, None)[0]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -237,7 +237,7 @@ def test_progress_is_told(pipeline: Any) -> None:
 
 def check_window(draw: Draw, folder: Path) -> None:
     """A window of 150 reads words that the plain pipeline cuts off, also of the negative prompt."""
-    pipeline, family = sample.open_pipeline(folder, "cpu", torch.float32, 150, None)
+    pipeline, family = pipelines.open_pipeline(folder, "cpu", torch.float32, 150, None)
     assert family is not None and pipeline.text_encoder is family.parts()["text_encoder"]
     seen: set[int] = set()
     pipeline.unet.register_forward_pre_hook(
@@ -309,7 +309,7 @@ def test_sampling_a_folder_and_a_run(sd: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no export yet"):
         sample_folder(run, ["a"], [1], tmp_path / "out", QUICK)
     (run / "export").symlink_to(sd)
-    assert sample.find_model(run) == (run / "export", 150)
+    assert pipelines.find_model(run) == pipelines.Found(run / "export", 150)
     long = START + "and a storm"
     of_folder = sample_folder(sd, [long], [1, 2], tmp_path / "folder", replace(QUICK, guidance=50))
     of_run = sample_folder(run, [long], [1, 2], tmp_path / "run-out", replace(QUICK, guidance=50))
