@@ -468,6 +468,12 @@ class Config(Section):
                 f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = "
                 f"{self.micro_batch_size}; choose a micro_batch_size that divides it"
             )
+        if self.method.kind == "lora" and self.method.dora and self.engine.zero_stage == 3:
+            raise ValueError(
+                "method.dora measures whole layers, which engine.zero_stage = 3 cuts up; take stage 2 or less"
+            )
+        if self.method.kind == "lora" and self.model.from_scratch:
+            raise ValueError('method.kind = "lora" learns beside given weights; unset model.from_scratch')
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than steps = {self.steps}"

@@ -1,6 +1,7 @@
 """The trained module in DeepSpeed's hands: forward, backward, step, and what may be read from it."""
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -64,10 +65,13 @@ class Engine:
                 model=module, optimizer=base, model_parameters=trained, config=settings
             )
         weights.check(self.deepspeed.module)
+        shards.fill_frozen(self.deepspeed, weights)
         shards.fill(self.deepspeed, weights)
 
     def _build(self, build: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
-        with Unfilled():
+        with Unfilled(), warnings.catch_warnings():
+            # At stage 3 a layer's parts may lie elsewhere before torch wants to draw them.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             if self.config.engine.zero_stage < 3:
                 return build()
             # Each layer is cut into the ranks' parts as soon as it exists, so that no rank holds the whole.

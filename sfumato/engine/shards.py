@@ -74,18 +74,23 @@ def _partitioned(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # ty
 
 @torch.no_grad()
 def fill(engine: object, read: Read) -> None:
-    """Write this rank's fp32 masters and frozen weights from `read`, then what the forward pass uses.
+    """Write this rank's fp32 masters from `read`, and then the weights that the forward pass uses.
 
     All ranks call it together. Writing the masters directly keeps the digits that a bf16 model on its way
     into DeepSpeed would round off.
     """
     for shard in owned(engine):
         shard.master.copy_(read(shard.name, shard.start, shard.length))
+    refresh(engine)
+
+
+@torch.no_grad()
+def fill_frozen(engine: object, read: Read) -> None:
+    """Write what this rank keeps of the parameters that do not learn; `fill` makes them usable."""
     for name, parameter in engine.module.named_parameters():  # type: ignore[attr-defined]
         if not parameter.requires_grad:
             start, own = own_part(parameter)
             own.copy_(read(name, start, len(own)))
-    refresh(engine)
 
 
 def own_part(frozen: Tensor) -> tuple[int, Tensor]:

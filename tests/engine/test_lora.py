@@ -128,20 +128,20 @@ def test_t13_catches_a_scale_that_is_lost(place: Path, tmp_path: Path) -> None:
 
 
 def test_every_stage_learns_the_same_and_resumes(place: Path) -> None:
-    """One rank at stage 0, and two at 1, 2 and 3; and a run that is stopped in the middle."""
-    [one] = train([settings(place, "sd", "dora", "one", engine__zero_stage=0)])
-    jobs = [settings(place, "sd", "dora", f"two-{stage}", engine__zero_stage=stage) for stage in (1, 2, 3)]
-    halves = [settings(place, "sd", "dora", "half", steps=steps, engine__zero_stage=3) for steps in (2, 4)]
+    """One rank at stage 0, and two at 1, 2 and 3; and a run that is stopped in the middle, with DoRA."""
+    one, dora = train(
+        [settings(place, "sd", rule, f"one-{rule}", engine__zero_stage=0) for rule in ("plain", "dora")]
+    )
+    jobs = [settings(place, "sd", "plain", f"two-{stage}", engine__zero_stage=stage) for stage in (1, 2, 3)]
+    halves = [settings(place, "sd", "dora", "half", steps=steps, engine__zero_stage=2) for steps in (2, 4)]
     *others, _, resumed = train([*jobs, *halves], 2)
-    expected = runs.tensors_of(one.parent)
-    assert all("lora_" in name for name in expected), "the checkpoint holds what is frozen"
-    for export in (*others, resumed):
-        assert toys.distance(runs.tensors_of(export.parent), expected) < 1e-5
+    assert all("lora_" in name for name in runs.tensors_of(one.parent)), "the checkpoint holds what is frozen"
+    for expected, export in (*((one, other) for other in others), (dora, resumed)):
+        assert toys.distance(runs.tensors_of(export.parent), runs.tensors_of(expected.parent)) < 1e-5
         for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
-            mine, theirs = load_file(export / file), load_file(one / file)
-            assert mine.keys() == theirs.keys()
+            assert load_file(export / file).keys() == load_file(expected / file).keys()
     pipeline = DiffusionPipeline.from_pretrained(place / "sd", safety_checker=None)
-    pipeline.load_lora_weights(one)
+    pipeline.load_lora_weights(dora)
     drawn = pipeline("x", num_inference_steps=2, height=64, width=64, output_type="np").images
     assert np.isfinite(drawn).all()
 
@@ -164,3 +164,16 @@ def test_a_target_that_matches_nothing_is_told(place: Path) -> None:
     part = models.load(config.model, torch.device("cpu"), torch.float32, torch.float32)
     with pytest.raises(UserError, match=r'(?s)"to_qq".*to_q'):
         methods.build(config, part)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine": {"zero_stage": 3}, "method": {"kind": "lora", "dora": True}}, "take stage 2"),
+        ({"method": {"kind": "lora", "rank": 0}}, "rank = 0"),
+        ({"method": "lore"}, "lore"),
+    ],
+)
+def test_settings_that_cannot_be(place: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse(runs.settings(place) | changes)
