@@ -71,6 +71,7 @@ class Filler:
             images=family.identity(images=True) if asked in ("images", "both") else None,
             captions=family.identity(images=False) if asked in ("captions", "both") else None,
         )
+        self.again: list[str] = []  # images that were encoded in fp32, because less was not enough
         # What is read for encoding is read as for training, live.
         self.samples = Samples(config, index, cells, family.latent_channels, family.vae_factor, None)
         data = config.data.model_dump(
@@ -143,6 +144,12 @@ class Filler:
                     for images in batches(wanted, self.config.micro_batch_size):
                         self.encode(images, readers, writer, faults)
                     done.add(len(chunk) * self.place.world, total)
+        if self.again:
+            kind = str(self.family.vae_dtype).removeprefix("torch.")
+            print(
+                f"{len(self.again)} images overflow the VAE in {kind} and were encoded in fp32:",
+                *self.again[:9],
+            )
         write_faults(self.config.folder / "faults" / f"cache-rank-{self.place.rank}.jsonl", faults)
 
     def members(self, bucket: int) -> Iterator[int]:
@@ -176,7 +183,11 @@ class Filler:
         good = [(image, one) for image, one in zip(images, read_ones, strict=True) if isinstance(one, Tensor)]
         if not good:
             return
-        moments = self.family.safe_moments(torch.stack([pixels for _, pixels in good]))  # (B, 2c, h, w)
+        again: list[int] = []
+        moments = self.family.safe_moments(
+            torch.stack([pixels for _, pixels in good]), again
+        )  # (B, 2c, h, w)
+        self.again += [self.index.name(good[row][0][0]) for row in again]
         if self.config.data.posterior == "mean":
             moments = moments.chunk(2, dim=1)[0]  # (B, c, h, w)
         finite = torch.isfinite(moments).flatten(1).all(1).tolist()
@@ -234,7 +245,7 @@ def encode(config: Config) -> Path:
         )
     place, plan = start.begin(config)
     if place.first:
-        run.write_records(config, place.world, str(place.device))
+        run.write_records(config, place.world, str(place.device), plan.index)
     fill(config, plan.index, plan.cells, start.load_family(config, place), place)
     return config.data.store
 

@@ -3,11 +3,13 @@
 import importlib.metadata
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sfumato import __version__
 from sfumato.config import Config
+from sfumato.data.index import Index
 from sfumato.engine import checkpoint
 from sfumato.errors import UserError
 
@@ -23,9 +25,14 @@ same is seen from their fingerprint; weights are read only before the first chec
 WHOLE = {"method", "objective.timesteps", "objective.weight"}
 
 
-def write_records(config: Config, world: int, device: str) -> None:
-    """Write resolved.json and environment.json; called on one rank."""
+def write_records(config: Config, world: int, device: str, index: Index) -> None:
+    """Write resolved.json, environment.json and the list of unusable records; called on one rank."""
     config.folder.mkdir(parents=True, exist_ok=True)
+    told = config.folder / "faults" / "index.jsonl"
+    told.unlink(missing_ok=True)
+    if index.facts["faults"]:
+        told.parent.mkdir(exist_ok=True)
+        told.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in index.faults))
     environment = {
         "sfumato": __version__,
         "python": platform.python_version(),

@@ -31,7 +31,7 @@ def train(config: Config) -> Path:
     place, plan = start.begin(config)
     saved = run.latest(config, plan.index.fingerprint)
     if place.first:
-        run.write_records(config, place.world, str(place.device))
+        run.write_records(config, place.world, str(place.device), plan.index)
     family = start.load_family(config, place)
     cached = fill(config, plan.index, plan.cells, family, place) if config.data.cache != "none" else None
     if config.engine.attention is not None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import Config
-from sfumato.models.family import Condition, Family, prepare
+from sfumato.models.denoiser import prepare
+from sfumato.models.family import Condition, Family
 from sfumato.models.folder import weight_files
 from sfumato.models.loading import quiet
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sfumato import config
 from sfumato.errors import UserError
-from sfumato.models.family import Condition, Family, prepare
+from sfumato.models.denoiser import prepare
+from sfumato.models.family import Condition, Family
 from sfumato.models.folder import weight_files
 from sfumato.models.loading import peft_library, quiet
 

@@ -5,7 +5,7 @@ channels of h x w.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +15,12 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sfumato import config
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
-from sfumato.models.attention import probe, set_attention
-from sfumato.models.folder import examine
+from sfumato.models.attention import probe
+from sfumato.models.folder import examine, read_json
 from sfumato.models.identity import fingerprint
 from sfumato.models.loading import frozen, quiet
 
@@ -77,8 +76,18 @@ class Family:
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The VAE, in `vae_dtype`."""
+        return self.read_vae(self.vae_dtype)
+
+    def read_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        """The VAE from its files."""
         variant = self.model.variant if self.model.vae is None else None
-        return frozen(AutoencoderKL, self.facts.vae_folder, variant, self.vae_dtype, self.device)
+        return frozen(AutoencoderKL, self.facts.vae_folder, variant, dtype, self.device)
+
+    @cached_property
+    def vae_config(self) -> Any:
+        """The VAE's config, with the defaults of its class; needs no weights."""
+        with quiet(), torch.device("meta"):
+            return AutoencoderKL.from_config(read_json(self.facts.vae_folder / "config.json")).config
 
     def load(self, images: bool = True, captions: bool = True) -> "Family":
         """Load the parts that encode images or captions at once, so that their faults are told at once."""
@@ -131,16 +140,17 @@ class Family:
         return self.vae.encode(pixels).latent_dist.parameters.float()  # (B, 2c, h, w)
 
     @torch.no_grad()
-    def safe_moments(self, pixels: Tensor) -> Tensor:
-        """`moments`, those that are not finite once more in fp32."""
+    def safe_moments(self, pixels: Tensor, told: list[int] | None = None) -> Tensor:
+        """`moments`, those that are not finite once more in fp32; their rows are added to `told`."""
         found = self.moments(pixels)
-        if self.vae_dtype != torch.float32 and not bool(torch.isfinite(found).all()):
-            good = torch.isfinite(found).flatten(1).all(1).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-            # The weights as they were read, not as they were rounded.
-            variant = self.model.variant if self.model.vae is None else None
-            exact = frozen(AutoencoderKL, self.facts.vae_folder, variant, torch.float32, self.device)
-            again = exact.encode(pixels.to(self.device)).latent_dist.parameters
-            found = torch.where(good, found, again)
+        bad = (~torch.isfinite(found).flatten(1).all(1)).nonzero().flatten()  # (k,)
+        if self.vae_dtype == torch.float32 or not len(bad):
+            return found
+        exact = self.read_vae(torch.float32)  # the weights as they are, not as they were rounded
+        wrong = pixels.to(self.device)[bad].float()
+        found[bad] = exact.encode(wrong).latent_dist.parameters
+        if told is not None:
+            told += bad.tolist()
         return found
 
     def latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
@@ -149,7 +159,7 @@ class Family:
 
     def scaled(self, raw: Tensor) -> Tensor:
         """The VAE's latents -> the denoiser's: the inverse of what the pipeline does before it decodes."""
-        return raw * self.vae.config.scaling_factor
+        return raw * self.vae_config.scaling_factor
 
     # A batch for the objective.
 
@@ -274,24 +284,3 @@ def check_finite(latents: Tensor, ids: Tensor, dtype: str) -> None:
             f"the VAE, computing in {dtype}, gives numbers that are not finite",
             'look at these pictures; if they are sound, set model.vae_dtype = "fp32"',
         )
-
-
-def prepare(net: nn.Module, attention: str | None, checkpointing: bool) -> None:
-    """Choose the denoiser's attention kernel, and whether it recomputes activations in the backward pass.
-
-    Raises UserError for an attention backend that diffusers does not know or cannot use here.
-    """
-    if attention is not None:
-        set_attention(net, attention)
-    if checkpointing:
-        assert isinstance(net, diffusers.ModelMixin), f"{type(net).__name__} is not a diffusers model"
-        net.enable_gradient_checkpointing(recomputed)
-
-
-def recomputed(module: Callable[..., Any], *inputs: Any) -> Any:
-    """A call whose activations are computed again in the backward pass.
-
-    Not re-entrant: the re-entrant kind loses gradients of layers whose input has none, and ZeRO 2 and 3
-    refuse it for a module that is used twice (reference/traps.md, section 0).
-    """
-    return checkpoint(module, *inputs, use_reentrant=False)

@@ -64,7 +64,7 @@ class SDXL(Family):
         return {"context": text.join(hidden, count), "pooled": pooled}
 
     def scaled(self, raw: Tensor) -> Tensor:
-        vae = self.vae.config
+        vae = self.vae_config
         if vae.latents_mean is None or vae.latents_std is None:
             return super().scaled(raw)
         mean, std = (raw.new_tensor(part).view(-1, 1, 1) for part in (vae.latents_mean, vae.latents_std))

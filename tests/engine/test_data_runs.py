@@ -19,7 +19,7 @@ from sfumato.data.store import Store
 from sfumato.models.family import Family
 from tests.engine import runs
 from tests.engine.layouts import LAYOUTS, laion, records
-from tests.engine.ranks import run_ranks
+from tests.engine.ranks import RankError, run_ranks
 
 COUNT = 24
 BUCKETS = {"min": 48, "max": 96, "step": 16}
@@ -103,11 +103,34 @@ def mean_cache(values: dict[str, Any]) -> list[float]:
     """A cache that keeps one latent of each image."""
     moments = Family.safe_moments
 
-    def mean(self: Family, pixels: torch.Tensor) -> torch.Tensor:
+    def mean(self: Family, pixels: torch.Tensor, *told: Any) -> torch.Tensor:
         return moments(self, pixels).chunk(2, dim=1)[0]
 
     Family.safe_moments = mean  # type: ignore[method-assign]
     return several([values])[0]
+
+
+def without_encoders(values: dict[str, Any]) -> list[float]:
+    """Train where neither the VAE nor a text encoder can be loaded."""
+    from sfumato import train as loop
+    from sfumato.models import family, sdxl
+
+    def refuse(kind: type, *where: Any) -> None:
+        raise AssertionError(f"a {kind.__name__} was loaded")
+
+    family.frozen = sdxl.frozen = refuse
+    loop.export = lambda folder: folder
+    return several([values])[0]
+
+
+def test_a_whole_cache_needs_no_encoder(place: Path) -> None:
+    values = settings(place, "parquet", "whole", data__cache="both")
+    fill(values)
+    run_ranks(without_encoders, 1, values, timeout=200)
+    with pytest.raises(RankError, match="a AutoencoderKL was loaded"):
+        run_ranks(
+            without_encoders, 1, settings(place, "parquet", "part", data__cache="captions"), timeout=200
+        )
 
 
 def encoded(values: dict[str, Any]) -> dict[str, int]:
@@ -115,9 +138,9 @@ def encoded(values: dict[str, Any]) -> dict[str, int]:
     made = {"images": 0, "captions": 0, "loaded": 0}
     safe, load = Family.safe_moments, Family.load
 
-    def images(self: Family, pixels: torch.Tensor) -> torch.Tensor:
+    def images(self: Family, pixels: torch.Tensor, *told: Any) -> torch.Tensor:
         made["images"] += len(pixels)
-        return safe(self, pixels)
+        return safe(self, pixels, *told)
 
     def loaded(self: Family, *parts: bool, **named: bool) -> Family:
         family = load(self, *parts, **named)
@@ -191,9 +214,9 @@ def slowly(values: dict[str, Any]) -> None:
     def small(self: Store, owner: str, shard_bytes: int = 0) -> Any:
         return writer(self, owner, 3 * 8 * 8 * 8 * 4)
 
-    def pausing(self: Family, pixels: torch.Tensor) -> torch.Tensor:
+    def pausing(self: Family, pixels: torch.Tensor, *told: Any) -> torch.Tensor:
         time.sleep(0.2)
-        return safe(self, pixels)
+        return safe(self, pixels, *told)
 
     Store.writer, Family.safe_moments = small, pausing  # type: ignore[method-assign]
     cache.encode(parse(values))

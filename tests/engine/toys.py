@@ -13,7 +13,7 @@ from sfumato.config import Config, parse
 from sfumato.engine import checkpoint, ranks
 from sfumato.engine.engine import Engine
 from sfumato.engine.weights import WeightFiles
-from sfumato.models.family import prepare
+from sfumato.models.denoiser import prepare
 from tests.engine.ranks import run_ranks
 
 GLOBAL = 8  # samples per optimizer step

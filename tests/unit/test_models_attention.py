@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sfumato import models
 from sfumato.errors import UserError
 from sfumato.models.attention import probe
-from sfumato.models.family import prepare
+from sfumato.models.denoiser import prepare
 from tests.unit.twins import batch_of, family
 
 ALL = pytest.mark.parametrize("name", models.families())

@@ -127,3 +127,24 @@ def test_another_vae_takes_the_place_of_the_folders(tmp_path: Path) -> None:
     change(folder / "vae" / "config.json", lambda values: values.update(scaling_factor=0.5))
     assert load(twin("sdxl"), vae=str(folder / "vae")).vae.config.scaling_factor == 0.5
     assert load(twin("sdxl"), vae=str(folder)).vae.config.scaling_factor == 0.5
+
+
+@ALL
+def test_what_overflows_in_bf16_is_encoded_in_fp32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image of three; the others keep their numbers, and the row is told."""
+    folder, pixels = twin(name), torch.rand(3, 3, 64, 64) * 2 - 1
+    low = load(folder, torch.bfloat16)
+    exact = load(folder).moments(pixels)
+    whole = low.moments(pixels)
+
+    def overflowing(self: Family, pixels: Tensor) -> Tensor:
+        found = whole.clone()
+        found[1, 0, 0, 0] = float("inf")
+        return found
+
+    monkeypatch.setattr(Family, "moments", overflowing)
+    told: list[int] = []
+    found = low.safe_moments(pixels, told)
+    assert told == [1] and torch.equal(found[[0, 2]], whole[[0, 2]])
+    torch.testing.assert_close(found[1], exact[1], atol=1e-5, rtol=1e-5)
+    assert low.vae.dtype == torch.bfloat16
