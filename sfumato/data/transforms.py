@@ -69,15 +69,18 @@ def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "F":
         raise UserError(f"the image {name}", "its pixels are floats, of no known range", "save it as RGB")
-    image = image if image.mode == "CMYK" else image.convert("RGB")
+    if image.mode not in ("RGB", "CMYK"):
+        image = image.convert("RGB")
     if profile and (change := to_srgb(profile, image.mode)):
         image = change.apply(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def turned(image: Image.Image) -> Image.Image:
     """The picture turned and mirrored as its EXIF orientation says; viewers ignore broken EXIF data."""
     try:
+        if image.getexif().get(ORIENTATION, 1) == 1:
+            return image  # Pillow would make a copy, which takes as long as half of the decoding
         return ImageOps.exif_transpose(image)
     except Exception:  # which Pillow raises depends on the byte that is broken
         return image
