@@ -13,7 +13,7 @@ demo: $(VENV)/installed-demo
 	$(VENV)/bin/sfumato demo
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
