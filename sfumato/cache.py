@@ -103,7 +103,7 @@ class Filler:
                 rows = self.family.null_condition()
                 writer.add(null, {name: row[0].cpu().contiguous() for name, row in rows.items()})
             seen: set[bytes] = set()
-            for chunk in self.chunks(range(len(self.index))):
+            for chunk in batches(range(len(self.index)), CHUNK):
                 texts = {self.cached.caption_key(text): text for n in chunk for text in self.texts(n)}
                 wanted = [key for key in texts if self.mine(key) and key not in seen]
                 missing = self.missing(wanted)
@@ -137,7 +137,7 @@ class Filler:
             Counter("images", self.place.first) as done,
         ):
             for bucket in range(len(self.cells.sizes)):
-                for chunk in self.chunks(self.members(bucket)):
+                for chunk in batches(self.members(bucket, self.place.rank, self.place.world), CHUNK):
                     cuts = [image for n in chunk for image in self.cuts(n, self.cells.sizes[bucket])]
                     missing = set(self.missing([key for *_, key in cuts]))
                     wanted = list({key: (n, cut, key) for n, cut, key in cuts if key in missing}.values())
@@ -152,11 +152,11 @@ class Filler:
             )
         write_faults(self.config.folder / "faults" / f"cache-rank-{self.place.rank}.jsonl", faults)
 
-    def members(self, bucket: int) -> Iterator[int]:
-        """This rank's records of a bucket."""
+    def members(self, bucket: int, rank: int = 0, world: int = 1) -> Iterator[int]:
+        """One rank's records of a bucket; of one rank alone, all of them."""
         for part, count in enumerate(self.cells.counts[bucket].tolist()):
-            for first in range(self.place.rank, count, CHUNK * self.place.world):
-                member = np.arange(first, min(count, first + CHUNK * self.place.world), self.place.world)
+            for first in range(rank, count, CHUNK * world):
+                member = np.arange(first, min(count, first + CHUNK * world), world)
                 yield from self.cells.record(bucket, np.full_like(member, part), member).tolist()
 
     def cuts(self, number: int, target: tuple[int, int]) -> list[Image]:
@@ -200,10 +200,6 @@ class Filler:
 
     # Both.
 
-    def chunks(self, numbers: Iterable[int]) -> Iterator[list[int]]:
-        """Numbers in lists of CHUNK."""
-        yield from batches(numbers, CHUNK)
-
     def missing(self, keys: list[bytes]) -> list[bytes]:
         """Those that the store does not have, each once, in their order."""
         keys = list(dict.fromkeys(keys))
@@ -216,25 +212,17 @@ class Filler:
         keys: list[np.ndarray] = []
         if self.cached.captions is not None:
             keys.append(array([self.cached.caption_key(None)]))
-            for chunk in self.chunks(range(len(self.index))):
+            for chunk in batches(range(len(self.index)), CHUNK):
                 texts = {text for number in chunk for text in self.texts(number)}
                 keys.append(array([self.cached.caption_key(text) for text in texts]))
         if self.cached.images is not None:
             for bucket, size in enumerate(self.cells.sizes):
-                everyone = self.every_record(bucket)
-                for chunk in self.chunks(everyone):
+                for chunk in batches(self.members(bucket), CHUNK):
                     keys.append(array([key for number in chunk for *_, key in self.cuts(number, size)]))
         found = np.unique(np.concatenate(keys), axis=0)
         found = found[self.cached.store.has(found)]
         run = str(self.config.folder.absolute())
         self.cached.store.note_use(self.use, found, {"run": run, "wish": self.wish})
-
-    def every_record(self, bucket: int) -> Iterator[int]:
-        """All records of a bucket."""
-        for part, count in enumerate(self.cells.counts[bucket].tolist()):
-            for first in range(0, count, CHUNK):
-                member = np.arange(first, min(count, first + CHUNK))
-                yield from self.cells.record(bucket, np.full_like(member, part), member).tolist()
 
 
 def encode(config: Config) -> Path:
