@@ -72,7 +72,7 @@ def add_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
                     file.parent, weight_name=file.name, adapter_name=f"lora{number}", local_files_only=True
                 )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).split())[:300]  # the first line alone names no layer
             raise UserError(
                 asked, f"it does not fit the model: {reason}", "take one of the same family"
             ) from error

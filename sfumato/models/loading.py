@@ -96,7 +96,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 def peft_library(asked: str) -> Any:
     """The package peft. Raises UserError, with the pip line, if it cannot be imported."""
     try:
-        import peft
+        with quiet():
+            import peft
     except ImportError as error:
         found = f"the package peft makes adapters, and cannot be imported: {error}"
         raise UserError(asked, found, "pip install 'sfumato[lora]'") from error
