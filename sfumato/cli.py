@@ -17,7 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An interrupted command gives 128 + the signal's number, as shells expect.
     """
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     if argv is None:
         arguments.command = [sys.executable, *sys.orig_argv[1:]]
     else:
@@ -134,44 +138,13 @@ def sample(arguments: argparse.Namespace) -> int:
     code = as_ranks(arguments, arguments.out / "logs")
     if code is not None:
         return code
-    import torch
-
+    from sfumato import sample as work
     from sfumato.engine import ranks
-    from sfumato.sample import Sampling, sample_folder
 
     own = ranks.start(timeout=1800)
-    default = "fp32" if own.device.type == "cpu" else "bf16"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype or default]
-    sampling = Sampling(
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        size=arguments.size,
-        negative=arguments.negative,
-        scheduler=arguments.scheduler,
-    )
-    for path in sample_folder(
-        arguments.model,
-        arguments.prompts,
-        arguments.seeds,
-        arguments.out,
-        sampling,
-        device=own.device,
-        dtype=dtype,
-        loras=[weighted(word) for word in arguments.lora],
-        rank=own.rank,
-        world=own.world,
-    ):
+    for path in work.sample(work.request_of(arguments), work.Place(own.device, own.rank, own.world)):
         print(path)
     return 0
-
-
-def weighted(word: str) -> tuple[Path, float]:
-    """A file and its weight from FILE or FILE=WEIGHT."""
-    name, _, weight = word.rpartition("=")
-    try:
-        return (Path(name), float(weight)) if name else (Path(word), 1.0)
-    except ValueError:
-        return Path(word), 1.0  # the name itself has a "="
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -185,10 +158,25 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write a checkpoint as a diffusers folder."""
-    from sfumato.export import export as write
+    """Write a checkpoint as its users load it, and upload that."""
+    if arguments.push_to_hub is None:
+        if arguments.private:
+            raise UserError("--private", "no --push-to-hub", "name the repository: --push-to-hub OWNER/NAME")
+        from sfumato.export import export as write
 
-    print(write(arguments.run, arguments.to, arguments.dtype, arguments.weights))
+        print(write(arguments.run, arguments.to, arguments.dtype, arguments.weights, anew=True))
+        return 0
+    from sfumato.report import upload
+
+    upload.check(arguments.push_to_hub)
+    from sfumato.export import newest, ready
+
+    newest(arguments.run)
+    address = upload.prepare(arguments.push_to_hub, arguments.private)
+    folder = ready(arguments.run, arguments.to, arguments.dtype, arguments.weights)
+    print(folder)
+    upload.send(folder, arguments.push_to_hub)
+    print(address)
     return 0
 
 
@@ -196,6 +184,13 @@ def demo(arguments: argparse.Namespace) -> int:
     """Run the demonstration."""
     if arguments.real:
         tuning.restart()
+    if arguments.images is not None:
+        from sfumato.demo import emoji
+
+        if arguments.images.exists() and any(arguments.images.iterdir()):
+            raise UserError(f"--images {arguments.images}", "something is there", "name a new folder")
+        print(emoji.write_images(arguments.style, arguments.images, codes=emoji.tuning(), edges=True))
+        return 0
     if arguments.rebuild_base is not None:
         from sfumato.demo.base import rebuild
 

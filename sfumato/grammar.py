@@ -5,13 +5,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sfumato
+from sfumato.drawing import presets
+from sfumato.drawing.options import positive, sampling_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line as `verb` and its arguments; ends the process with a message if it makes no sense."""
+    """The command line as `verb` and its arguments; ends the process with a message if it makes no sense.
+
+    Raises UserError for a faulty preset of `sample`.
+    """
     parser = grammar()
-    # Overrides may stand before and after options, which argparse cannot say.
+    # Overrides and prompts may stand before and after options, which argparse cannot say.
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.verb == "sample" and (preset := presets.find(arguments.model)) is not None:
+        said = presets.defaults(preset, arguments.options)
+        arguments.options.set_defaults(**said)
+        arguments, rest = parser.parse_known_args(argv)
+        arguments.model = arguments.instead or said["model"]
+        # What the command line says of prompts stands in the place of the preset's.
+        arguments.prompts = [] if rest else arguments.prompts
+    if hasattr(arguments, "prompts"):
+        arguments.prompts += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
     for word in rest:
         if not hasattr(arguments, "overrides") or word.startswith("-") or "=" not in word:
             hint = f"; write settings without dashes: {word.lstrip('-')}" if "=" in word else ""
@@ -47,29 +62,16 @@ def grammar() -> argparse.ArgumentParser:
 
     command = verb("sample", "draw pictures with a trained model, or any diffusers folder")
     sampling_options(command)
+    command.set_defaults(options=command)
 
     command = verb("bench", "measure this machine: how fast data are read, beside Pillow and datasets")
     command.add_argument("what", choices=("data",))
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     command.add_argument("--quick", action="store_true", help="less of everything: two minutes or so")
 
-    command = verb("export", "write a run's checkpoint as a diffusers folder")
-    command.add_argument(
-        "run", type=Path, help="the run's folder, such as runs/NAME, or one of its checkpoints"
-    )
-    command.add_argument("--to", type=Path, help="the new folder; default: RUN/export")
-    command.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: as the run's config says"
-    )
-    command.add_argument(
-        "--weights", choices=("ema", "live"), help="default: the average, if the run keeps one"
-    )
+    export_options(verb)
 
-    command = verb("demo", "teach a small model the style of other emoji and show it; needs sfumato[demo]")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of its run, as steps=20")
-    command.add_argument(
-        "--rebuild-base", type=Path, metavar="FOLDER", help="instead make its base model anew, for hours"
-    )
+    demo_options(verb)
 
     command = verb("tiny", "write a family's random toy model, to try things out")
     command.add_argument("family", help="such as sd or sdxl")
@@ -95,37 +97,34 @@ def data_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     )
 
 
-def sampling_options(command: argparse.ArgumentParser) -> None:
-    """What `sample` is told."""
-    command.add_argument("model", help="a run's folder, a diffusers folder or a hub id")
-    command.add_argument("prompts", nargs="+", help="one or more prompts")
-    command.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
+def export_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """What becomes of a checkpoint."""
+    command = verb("export", "write a run's checkpoint as a diffusers folder")
     command.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one picture a prompt and seed"
+        "run", type=Path, help="the run's folder, such as runs/NAME, or one of its checkpoints"
     )
-    command.add_argument("--steps", type=positive, default=25, help="denoising steps")
-    command.add_argument("--gpus", type=positive, metavar="N", help="share the pictures among N ranks")
+    command.add_argument("--to", type=Path, help="the new folder; default: RUN/export")
     command.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[=WEIGHT]",
-        help="a LoRA's file or run; again for more",
-    )
-    command.add_argument("--guidance", type=float, default=5.0, help="1 is none")
-    command.add_argument("--size", type=positive, help="side in pixels; default: what the model was made for")
-    command.add_argument("--negative", help="what the pictures should not show")
-    command.add_argument(
-        "--scheduler", help="another sampler than the model's own: ddim, euler, dpm++, unipc"
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: as the run's config says"
     )
     command.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, else bf16"
+        "--weights", choices=("ema", "live"), help="default: the average, if the run keeps one"
     )
+    command.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, made if not there"
+    )
+    command.add_argument("--private", action="store_true", help="as a private repository")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+def demo_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """The demonstration, and what it is made of."""
+    command = verb("demo", "teach a small model the style of other emoji and show it; needs sfumato[demo]")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of its run, as steps=20")
+    command.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="instead write emoji there, with captions and outlines"
+    )
+    styles = ("noto", "openmoji", "twemoji")
+    command.add_argument("--style", choices=styles, default=styles[0], help="of --images")
+    command.add_argument(
+        "--rebuild-base", type=Path, metavar="FOLDER", help="instead make its base model anew, for hours"
+    )

@@ -1,242 +1,295 @@
-"""Prompts and seeds to pictures through a diffusers pipeline, for `sfumato sample`, previews and the demo."""
+"""The command `sfumato sample`: prompts, seeds and pictures to new pictures, a comparison, or figures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
 
-from sfumato.drawings import Drawing, Sampling, grid, grid_of, write
+from sfumato.bench import drawing as speed
+from sfumato.drawing import compare, inputs, model, pipelines, prompts
+from sfumato.drawing.depth import estimator
+from sfumato.drawing.draw import draw, strength_of
+from sfumato.drawing.model import Opened, Ready, open_model
+from sfumato.drawing.options import weighted
+from sfumato.drawing.pictures import Album, Drawing
+from sfumato.drawing.request import Picture, Sampling, Shot
+from sfumato.drawing.schedulers import class_of
+from sfumato.drawing.words import cut_off
 from sfumato.errors import UserError
-from sfumato.models.family import Family
-from sfumato.pipelines import add_loras, find_model, open_pipeline
-
-__all__ = ["Drawing", "Sampling", "draw", "grid", "grid_of", "sample_folder", "write"]
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
+from sfumato.report.counter import Counter
 
 
-def sample_folder(
-    source: str | Path,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    out: Path,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    prompt_window: int | None = None,
-    variant: str | None = None,
-    loras: Sequence[tuple[Path, float]] = (),
-    rank: int = 0,
-    world: int = 1,
-    drawn: Callable[[int, int], None] | None = None,
-) -> list[Path]:
-    """Draw with a diffusers folder, a run's export or a hub id; rank 0 writes PNGs, their list and a grid.
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; options.py says what each means."""
 
-    loras: files or runs' folders, each with its weight.
+    model: str
+    prompts: Sequence[str] = ()
+    file: Path | None = None
+    out: Path = Path("samples")
+    seeds: Sequence[int] = (0,)
+    sampling: Sampling = Sampling()
+    window: int | None = None
+    emphasis: bool = False
+    dtype: str | None = None
+    variant: str | None = None
+    offload: bool = False
+    loras: Sequence[tuple[Path, float]] = ()
+    control: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    condition: Path | None = None
+    depth: str | None = None
+    depth_model: str | None = None
+    fit: bool = False
+    compare: Path | None = None
+    bench: Path | None = None
+    warm_up: int = 1
+    repeats: int = 3
 
-    `prompt_window` None is what the run was trained with, or 77. Returns the PNGs' paths, [] on other ranks.
-    Raises UserError for a source that holds no model, and for pictures that are not finite.
-    """
-    found = find_model(source, variant)
-    window = prompt_window or found.prompt_window
-    pipeline, family = open_pipeline(found.folder, device, dtype, window, variant)
-    add_loras(pipeline, [*([(found.lora, 1.0)] if found.lora else []), *loras])
-    drawings = draw(
-        pipeline,
-        prompts,
-        seeds,
-        sampling,
-        family=family,
-        model=str(source),
-        rank=rank,
-        world=world,
-        drawn=drawn,
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes, and which of the ranks that share the pictures it is."""
+
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - never changed
+    rank: int = 0
+    world: int = 1
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """What a command line asks for."""
+    given = {name: value for name, value in vars(arguments).items() if name in Request.__dataclass_fields__}
+    given["seeds"] = tuple(arguments.seeds or (0,))
+    given["loras"] = tuple(weighted(word) for word in arguments.lora)
+    sampling = Sampling(
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        size=arguments.size,
+        negative=arguments.negative,
+        scheduler=arguments.scheduler,
+        guidance_rescale=arguments.guidance_rescale,
+        batch_size=arguments.batch,
+        strength=arguments.strength,
+        control_scale=arguments.control_scale,
     )
-    paths = write(drawings, out) if rank == 0 else []
-    if len(paths) > 1:
-        grid_of(drawings).save(out / "grid.png")
+    return Request(**given, sampling=sampling)
+
+
+def sample(request: Request, place: Place = Place()) -> list[Path]:  # noqa: B008 - frozen
+    """Draw what is asked for; everything is checked before weights are loaded, and no file is replaced.
+
+    All ranks call it together. Returns the files that were written, [] on other ranks than the first. Raises
+    UserError, also for pictures that are not finite, which are written nevertheless.
+    """
+    if request.compare is not None and request.bench is not None:
+        raise UserError("--compare and --bench", "one call does one of them", "leave one out")
+    check_file(request.bench)
+    shots = asked_shots(request)
+    columns = compare.columns_of(request.model, request.compare) if request.compare else []
+    sources = [source for _, source in columns] or [request.model]
+    ready = [find(request, source, shots, place) for source in sources]
+    factor = pipelines.vae_factor(ready[0].found.folder)
+    shots = inputs.sized(shots, whole_size(request.sampling), request.fit, factor)
+    if request.depth == "auto":
+        shots = with_depth(shots, request, place)
+    if columns:
+        return drawn_columns(request, [label for label, _ in columns], ready, shots, place)
+    opened = open_model(ready[0])
+    if place.rank == 0:
+        warn(opened, shots, ready[0])
+    if request.bench is not None:
+        return measured(request, ready[0], opened, shots, place)
+    album = agreed(Album(request.out), place)
+    drawings = drawn(request, ready[0], opened, shots, place, album)
+    paths = album.finish(drawings) if place.rank == 0 else []
+    check_finite(drawings, ready[0].dtype)
+    return paths
+
+
+def asked_shots(request: Request) -> list[Shot]:
+    """Every picture that is asked for. Raises UserError for prompts and pictures that do not go together."""
+    if request.sampling.scheduler is not None:
+        class_of(request.sampling.scheduler)
+    if request.depth is not None and request.condition is not None:
+        raise UserError("--depth and --condition", "both are what the ControlNet is shown", "leave one out")
+    lines = prompts.gather(request.prompts, request.file)
+    lines = prompts.paired(lines, "image", request.image)
+    lines = prompts.paired(lines, "mask", request.mask)
+    lines = prompts.paired(lines, "condition", request.condition)
+    if request.depth == "auto":
+        lines = [replace(line, condition=line.image) for line in lines]
+        if any(line.image is None for line in lines):
+            raise UserError("--depth auto", "no image whose depth is meant", "name it with --image")
+    elif request.depth is not None:
+        lines = prompts.paired(lines, "condition", Path(request.depth))
+    prompts.check_alike(lines)
+    shots = prompts.to_shots(lines, request.seeds)
+    if "image" in shots[0].roles:
+        strength_of(request.sampling, "mask" in shots[0].roles)
+    elif request.sampling.strength is not None:
+        asked = f"--strength {request.sampling.strength}"
+        raise UserError(asked, "no image that is changed", "name it with --image")
+    return shots
+
+
+def find(request: Request, source: str | Path, shots: Sequence[Shot], place: Place) -> Ready:
+    """The model of a column, checked."""
+    roles, control = shots[0].roles, request.control
+    if request.compare is not None and control is None and not is_control(source):
+        roles = roles - {"condition"}
+    return model.find(
+        source,
+        roles=roles,
+        window=request.window,
+        emphasis=request.emphasis,
+        loras=request.loras,
+        control=control,
+        dtype=request.dtype or ("fp32" if place.device.type == "cpu" else "bf16"),
+        variant=request.variant,
+        device=place.device,
+        offload=request.offload,
+    )
+
+
+def is_control(source: str | Path) -> bool:
+    """Whether a column is a ControlNet's; others of its run are drawn without the condition."""
+    from sfumato.drawing.sources import export_of, is_control
+
+    export = export_of(Path(source).expanduser())
+    return export is not None and is_control(export)
+
+
+def whole_size(sampling: Sampling) -> tuple[int, int] | None:
+    """The size that is asked, as (width, height)."""
+    return (sampling.size, sampling.size) if isinstance(sampling.size, int) else sampling.size
+
+
+def with_depth(shots: Sequence[Shot], request: Request, place: Place) -> list[Shot]:
+    """The shots, each with the depth map of its image, at the size that is drawn, as its condition."""
+    estimate = estimator(request.depth_model, place.device)
+    maps: dict[tuple[Picture, Any], Image.Image] = {}
+    found = []
+    for shot in shots:
+        assert isinstance(shot.image, Path), "images of a command are files"
+        key = (shot.image, shot.size)
+        if key not in maps:
+            maps[key] = estimate(inputs.of_shot(shot, "image", shot.size))
+        found.append(replace(shot, condition=maps[key]))
+    return found
+
+
+def drawn(
+    request: Request,
+    ready: Ready,
+    opened: Opened,
+    shots: Sequence[Shot],
+    place: Place,
+    album: Album | None = None,
+    step: Callable[..., dict[str, Any]] | None = None,
+) -> list[Drawing]:
+    """Draw shots with a model, all ranks together; an album keeps each as it is drawn."""
+    settings = ready.settings()
+    if request.depth == "auto":
+        settings["condition"] = f"depth of the image by {request.depth_model}"
+    if opened.control is None:
+        shots = compare.without_condition(shots)
+    # Only files' names go to a pipe.
+    seen = place.rank == 0 and album is not None and len(shots) > 1 and sys.stdout.isatty()
+    with Counter("drawing", seen) as told:
+        return draw(
+            opened.pipeline,
+            shots,
+            request.sampling,
+            family=opened.family,
+            emphasis=request.emphasis,
+            control=opened.control,
+            model=ready.name,
+            settings=settings,
+            rank=place.rank,
+            world=place.world,
+            drawn=lambda done, total: told.add(done - told.done, total),
+            keep=album.save if album is not None else None,
+            step=step,
+        )
+
+
+def warn(opened: Opened, shots: Sequence[Shot], ready: Ready) -> None:
+    """Say which prompts have more words than are read."""
+    texts = list(dict.fromkeys(text for shot in shots for text in (shot.prompt, shot.negative) if text))
+    for text, length in cut_off(opened.pipeline, texts, ready.window, ready.emphasis):
+        do = "--window 150 or 225 reads more" if ready.window < 225 else "the rest is not read"
+        print(
+            f'"{text[:60]}..." has {length} tokens, the first {75 * -(-ready.window // 77)} are read: {do}',
+            file=sys.stderr,
+        )
+
+
+def drawn_columns(
+    request: Request, texts: Sequence[str], ready: Sequence[Ready], shots: Sequence[Shot], place: Place
+) -> list[Path]:
+    """Draw a comparison; one model is in memory at a time."""
+    every: list[Drawing] = []
+
+    def column(each: Ready, album: Album) -> list[Drawing]:
+        found = drawn(request, each, open_model(each), shots, place, agreed(album, place))
+        every.extend(found)
+        return found
+
+    pairs = list(zip(texts, ready, strict=True))
+    paths = compare.draw_columns(pairs, column, request.out, place.rank == 0)
+    check_finite(every, ready[0].dtype)
+    return paths
+
+
+def measured(
+    request: Request, ready: Ready, opened: Opened, shots: Sequence[Shot], place: Place
+) -> list[Path]:
+    """Measure how fast the shots are drawn, and write the figures."""
+    assert request.bench is not None, "nothing is to be measured"
+    figures = speed.measure(
+        lambda step: drawn(request, ready, opened, shots, place, None, step),
+        [opened.control, opened.pipeline.components.get("unet") or opened.pipeline.components["transformer"]],
+        place.device,
+        request.warm_up,
+        request.repeats,
+    )
+    if place.rank != 0:
+        return []
+    speed.write(figures, request.bench)
+    return [request.bench]
+
+
+def agreed(album: Album, place: Place) -> Album:
+    """The album, counting on all ranks from what the first found: others may see pictures of this call."""
+    if place.world > 1:
+        first: list[int] = [album.first]
+        dist.broadcast_object_list(first)
+        album.first = first[0]
+    return album
+
+
+def check_file(file: Path | None) -> None:
+    """Raise UserError for a file of figures that is there, or that cannot be written."""
+    if file is not None and file.exists():
+        raise UserError(f"--bench {file}", "it is there already", "name another file, or take it away")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"--bench {file}", "its folder is not there", "make the folder")
+
+
+def check_finite(drawings: Sequence[Drawing], dtype: str) -> None:
+    """Raise UserError for pictures that are not finite."""
     bad = [drawing for drawing in drawings if not drawing.finite]
     if bad:
         raise UserError(
             f'the picture of "{bad[0].prompt}" with seed {bad[0].seed}'
             + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
-            f"the model, computing in {str(dtype).removeprefix('torch.')}, gives numbers that are not finite",
+            f"the model, computing in {dtype}, gives numbers that are not finite",
             "draw in fp32; if that gives the same, the weights are broken",
         )
-    return paths
-
-
-def draw(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    *,
-    family: Family | None = None,
-    model: str = "",
-    rank: int = 0,
-    world: int = 1,
-    drawn: Callable[[int, int], None] | None = None,
-) -> list[Drawing]:
-    """A picture for every pair of prompt and seed; all ranks call this together and all get all drawings.
-
-    A picture depends on the weights, its prompt, its seed and `sampling` only: its noise comes from a CPU
-    generator of its own, and no global random state is read or changed. With `family` prompts are read over
-    that family's whole prompt window, without it the pipeline's own 77 tokens. `drawn(done, total)` is called
-    after each of this rank's forward passes. Raises UserError for a size or a scheduler that does not fit.
-    """
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    places = share(len(pairs), rank, world)
-    found: list[Drawing] = []
-    with evaluating(pipeline), scheduled(pipeline, sampling.scheduler), decoding_in_its_dtype(pipeline.vae):
-        for start in range(0, len(places), sampling.batch_size):
-            chunk = places[start : start + sampling.batch_size]
-            here = [pairs[place % len(pairs)] for place in chunk]
-            words = conditions([prompt for prompt, _ in here], sampling.negative, family)
-            images = forward(pipeline, words, [seed for _, seed in here], sampling)
-            scheduler = type(pipeline.scheduler).__name__
-            found += [
-                Drawing(place, *pair, image, sampling, scheduler, model, finite)
-                for place, pair, (image, finite) in zip(chunk, here, images, strict=True)
-                if place < len(pairs)
-            ]
-            if drawn is not None:
-                drawn(start + len(chunk), len(places))
-    return sorted(gather(found, world), key=lambda drawing: drawing.index)
-
-
-def share(number: int, rank: int, world: int) -> list[int]:
-    """The places that a rank draws: every world-th, and as many on every rank.
-
-    Places from `number` on keep the ranks together and their pictures are thrown away: at ZeRO stage 3 a
-    forward pass gathers weights from all ranks, and one that only some of them begin never ends.
-    """
-    return [rank + turn * world for turn in range(-(-number // world))]
-
-
-def gather(found: list[Drawing], world: int) -> list[Drawing]:
-    """The drawings of all ranks, on each."""
-    if world == 1:
-        return found
-    everyones: list[list[Drawing]] = [[] for _ in range(world)]
-    dist.all_gather_object(everyones, found)
-    return [drawing for drawings in everyones for drawing in drawings]
-
-
-def conditions(prompts: Sequence[str], negative: str | None, family: Family | None) -> Mapping[str, Any]:
-    """The keywords that tell the pipeline what to draw and what not."""
-    if family is None:
-        return {"prompt": prompts, "negative_prompt": None if negative is None else [negative] * len(prompts)}
-    absent = family.null_condition() if negative is None else family.encode_prompts([negative])
-    absent = {name: rows.expand(len(prompts), *rows.shape[1:]) for name, rows in absent.items()}
-    return family.prompt_inputs(family.encode_prompts(prompts), absent)
-
-
-def forward(
-    pipeline: Any, words: Mapping[str, Any], seeds: Sequence[int], sampling: Sampling
-) -> list[tuple[Image.Image, bool]]:
-    """One call of the pipeline: a picture for each seed, and whether it is finite."""
-    options: dict[str, Any] = size_of(pipeline, sampling.size)
-    if sampling.guidance_rescale:
-        options["guidance_rescale"] = sampling.guidance_rescale
-    pixels: Tensor = pipeline(
-        **words,
-        **options,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        # The CPU's numbers are the same on every machine, and those in bf16 are those in fp32, rounded.
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    ).images
-    pixels = pixels.float().cpu()  # (B, 3, H, W) in [0, 1]
-    finite = pixels.isfinite().flatten(1).all(1).tolist()
-    colours = (pixels.nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)  # (B, H, W, 3)
-    return [(Image.fromarray(picture.numpy()), good) for picture, good in zip(colours, finite, strict=True)]
-
-
-def size_of(pipeline: Any, size: int | tuple[int, int] | None) -> dict[str, int]:
-    """The pipeline's keywords for a size in pixels; UserError if the VAE cannot make it."""
-    if size is None:
-        return {}
-    width, height = (size, size) if isinstance(size, int) else size
-    factor = pipeline.vae_scale_factor
-    if width % factor or height % factor or min(width, height) < factor:
-        near = [max(1, round(side / factor)) * factor for side in (width, height)]
-        raise UserError(
-            f"pictures of {width} x {height} pixels",
-            f"this model's VAE makes multiples of {factor} pixels",
-            f"choose for example {near[0]} x {near[1]}",
-        )
-    return {"width": width, "height": height}
-
-
-@contextmanager
-def evaluating(pipeline: Any) -> Iterator[None]:
-    """Within it every part is in eval mode and the pipeline draws no bar; afterwards all is as before."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    training = [module for part in parts for module in part.modules() if module.training]
-    bar = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**{**bar, "disable": True})
-    for part in parts:
-        part.eval()
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**bar)
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def scheduled(pipeline: Any, name: str | None) -> Iterator[None]:
-    """Within it the pipeline samples with the named scheduler, configured like its own."""
-    own = pipeline.scheduler
-    # Even its own is copied, because sampling leaves its traces in a scheduler.
-    pipeline.scheduler = type(own).from_config(own.config) if name is None else other_scheduler(own, name)
-    try:
-        yield
-    finally:
-        pipeline.scheduler = own
-
-
-def other_scheduler(own: Any, name: str) -> Any:
-    """A scheduler of SCHEDULERS with the noise schedule and the target of the model's own."""
-    if name not in SCHEDULERS:
-        raise UserError(f"the scheduler {name!r}", "no such scheduler", f"choose {', '.join(SCHEDULERS)}")
-    kind = getattr(diffusers, SCHEDULERS[name])
-    if kind not in [*own.compatibles, type(own)]:
-        raise UserError(
-            f"the scheduler {name!r}",
-            f"the model's own is {type(own).__name__}, of a process that {kind.__name__} does not sample",
-            "leave the scheduler out",
-        )
-    # DDIM clips latents as if they were pixels unless it is told not to.
-    silent = name == "ddim" and "clip_sample" not in own.config
-    return kind.from_config(own.config, **({"clip_sample": False} if silent else {}))
-
-
-@contextmanager
-def decoding_in_its_dtype(vae: Any) -> Iterator[None]:
-    """Within it the VAE takes latents of any precision: training may keep it at another than the rest."""
-    decode = vae.decode
-
-    def cast_and_decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return decode(latents.to(vae.dtype), *args, **kwargs)
-
-    vae.decode = cast_and_decode
-    try:
-        yield
-    finally:
-        del vae.decode

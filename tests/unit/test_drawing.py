@@ -1,8 +1,8 @@
 """Pictures from prompts and seeds: the stock pipeline's own, whatever else is drawn and by how many ranks."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
-    StableDiffusionPipeline,
 )
-from PIL import Image
 
-from sfumato import config, models, pipelines, sample
+from sfumato import config, models
+from sfumato.drawing import pipelines, schedulers
+from sfumato.drawing.draw import draw as draw_shots
+from sfumato.drawing.draw import forward, share
+from sfumato.drawing.options import SCHEDULERS
+from sfumato.drawing.pictures import Drawing
+from sfumato.drawing.request import Sampling, Shot, shots
+from sfumato.drawing.words import words
 from sfumato.errors import UserError
-from sfumato.sample import Drawing, Sampling, draw, grid, sample_folder, share, write
 
 QUICK = Sampling(steps=2, guidance=3.0)
 START = "a red fox beside a house " * 13  # 78 tokens
@@ -46,10 +50,25 @@ def pipeline(sd: Path) -> Any:
     return load(sd)
 
 
+@cache
+def stock_of(folder: Path) -> Any:
+    stock = DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+@cache
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """What is drawn with leaves it as it was, so that tests may share it."""
     pipeline = pipelines.open_pipeline(folder, "cpu", dtype, 77, None)[0]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def draw(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, **options: Any
+) -> list[Drawing]:
+    return draw_shots(pipeline, shots(prompts, seeds), sampling, **options)
 
 
 def pixels(drawing: Drawing) -> np.ndarray:
@@ -58,8 +77,7 @@ def pixels(drawing: Drawing) -> np.ndarray:
 
 def check_stock(draw: Draw, folder: Path, sampling: Sampling) -> None:
     """To the bit what diffusers gives a user who passes the same prompt, seed and settings."""
-    stock = DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_of(folder)
     found = draw(load(folder), ["a red fox", "two cats"], [5], sampling)
     for prompt, drawing in zip(["a red fox", "two cats"], found, strict=True):
         wanted = stock(
@@ -113,7 +131,7 @@ def test_alone_catches_one_generator_for_all(pipeline: Any) -> None:
         images = [
             pipeline(prompt, num_inference_steps=2, generator=everyones).images[0] for prompt, _ in pairs
         ]
-        return [Drawing(i, *pairs[i], image, sampling, "") for i, image in enumerate(images)]
+        return [Drawing(i, Shot(*pairs[i]), image, sampling, "") for i, image in enumerate(images)]
 
     with pytest.raises(AssertionError, match="differs"):
         check_alone(broken, pipeline, 1)
@@ -144,11 +162,11 @@ def test_shares_catch_a_tail_left_out() -> None:
 
 
 def test_drawing_leaves_everything_as_it_was(sd: Path) -> None:
-    pipeline = load(sd)
+    pipeline = load.__wrapped__(sd)
     pipeline.unet.train()
     pipeline.unet.mid_block.eval()
     modes = [module.training for module in pipeline.unet.modules()]
-    scheduler, decode = pipeline.scheduler, pipeline.vae.decode
+    scheduler, decode, encode = pipeline.scheduler, pipeline.vae.decode, pipeline.vae.encode
     state = torch.get_rng_state()
     seen: list[bool] = []
     pipeline.unet.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
@@ -158,12 +176,13 @@ def test_drawing_leaves_everything_as_it_was(sd: Path) -> None:
     assert seen and not any(seen), "the denoiser was in training mode"
     assert [module.training for module in pipeline.unet.modules()] == modes
     assert pipeline.scheduler is scheduler and scheduler.num_inference_steps is None
-    assert pipeline.vae.decode == decode and pipeline._progress_bar_config == {"disable": True}
+    assert pipeline.vae.decode == decode and pipeline.vae.encode == encode
+    assert pipeline._progress_bar_config == {"disable": True}
     assert torch.equal(torch.get_rng_state(), state), "the global random state moved"
 
 
 def check_precisions(draw: Draw, folder: Path) -> None:
-    pipeline = load(folder, torch.bfloat16)
+    pipeline = load.__wrapped__(folder, torch.bfloat16)
     pipeline.vae.to(torch.float32)
     found = draw(pipeline, ["a red fox"], [1], QUICK)[0]
     wanted = draw(load(folder), ["a red fox"], [1], QUICK)[0]
@@ -177,18 +196,18 @@ def test_the_vae_keeps_a_precision_of_its_own(folder: Path) -> None:
 
 def test_precisions_catch_a_plain_pipeline(sd: Path) -> None:
     def broken(pipeline: Any, prompts: Any, seeds: Any, sampling: Sampling) -> Any:
-        words = sample.conditions(prompts, None, None)
-        return sample.forward(pipeline, words, seeds, sampling)
+        said = words(pipeline, prompts, None, None)
+        return forward(pipeline, said, shots(prompts, seeds), sampling)
 
     with pytest.raises(RuntimeError, match="dtype|type"):
         check_precisions(broken, sd)
 
 
-@pytest.mark.parametrize("name", sample.SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(pipeline: Any, name: str) -> None:
     own = draw(pipeline, ["a red fox"], [1], replace(QUICK, steps=4))[0]
     other = draw(pipeline, ["a red fox"], [1], replace(QUICK, steps=4, scheduler=name))[0]
-    assert other.scheduler == sample.SCHEDULERS[name] and own.scheduler == "DDIMScheduler"
+    assert other.scheduler == SCHEDULERS[name] and own.scheduler == "DDIMScheduler"
     assert np.array_equal(pixels(own), pixels(other)) == (name == "ddim")
 
 
@@ -201,23 +220,23 @@ def test_another_scheduler_keeps_the_models_schedule() -> None:
         timestep_spacing="trailing",
         clip_sample=False,
     )
-    for name in sample.SCHEDULERS:
-        found = sample.other_scheduler(own, name)
+    for name in SCHEDULERS:
+        found = schedulers.other_scheduler(own, name)
         found.set_timesteps(4)
         assert found.config["prediction_type"] == "v_prediction" and int(found.timesteps[0]) == 999
         torch.testing.assert_close(found.alphas_cumprod, own.alphas_cumprod, atol=1e-6, rtol=0)
 
 
 def test_ddim_does_not_clip_latents() -> None:
-    assert not sample.other_scheduler(PNDMScheduler(), "ddim").config["clip_sample"]
-    assert sample.other_scheduler(DDIMScheduler(clip_sample=True), "ddim").config["clip_sample"]
+    assert not schedulers.other_scheduler(PNDMScheduler(), "ddim").config["clip_sample"]
+    assert schedulers.other_scheduler(DDIMScheduler(clip_sample=True), "ddim").config["clip_sample"]
 
 
 def test_a_scheduler_of_another_process_is_refused() -> None:
     with pytest.raises(UserError, match="process"):
-        sample.other_scheduler(FlowMatchEulerDiscreteScheduler(), "ddim")
+        schedulers.other_scheduler(FlowMatchEulerDiscreteScheduler(), "ddim")
     with pytest.raises(UserError, match="choose ddim, euler"):
-        sample.other_scheduler(DDIMScheduler(), "ddpm++")
+        schedulers.other_scheduler(DDIMScheduler(), "ddpm++")
 
 
 def test_sizes(pipeline: Any) -> None:
@@ -272,116 +291,3 @@ def test_a_window_of_77_through_the_family_is_the_stock_pipelines(folder: Path) 
         with_family = draw(pipeline, ["a red fox"], [1], sampling, family=family)[0]
         without = draw(pipeline, ["a red fox"], [1], sampling)[0]
         assert np.array_equal(pixels(with_family), pixels(without))
-
-
-def test_files_tell_how_they_were_made(pipeline: Any, tmp_path: Path) -> None:
-    sampling = replace(QUICK, negative="rain", scheduler="euler")
-    drawings = draw(pipeline, ["a Red fox, ünïcode ☂", "/../.."], [1, 2], sampling, model="tiny")
-    paths = write(drawings, tmp_path / "out")
-    assert [path.name for path in paths] == [
-        "000-a-red-fox-n-code-seed1.png",
-        "001-a-red-fox-n-code-seed2.png",
-        "002-drawing-seed1.png",
-        "003-drawing-seed2.png",
-    ]
-    with Image.open(paths[1]) as image:
-        found = image.text  # type: ignore[attr-defined]
-        assert np.array_equal(np.asarray(image), np.asarray(drawings[1].image))
-    wanted = {
-        "prompt": "a Red fox, ünïcode ☂",
-        "negative": "rain",
-        "seed": "2",
-        "steps": "2",
-        "guidance": "3.0",
-        "scheduler": "EulerDiscreteScheduler",
-        "model": "tiny",
-    }
-    assert wanted.items() <= found.items()
-    lines = [json.loads(line) for line in (tmp_path / "out/drawings.jsonl").read_text("utf-8").splitlines()]
-    assert [line["file"] for line in lines] == [path.name for path in paths]
-    assert lines[1]["prompt"] == wanted["prompt"] and lines[1]["seed"] == 2
-
-
-def test_sampling_a_folder_and_a_run(sd: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "resolved.json").write_text(json.dumps({"model": {"prompt_window": 150}}))
-    with pytest.raises(UserError, match="no export yet"):
-        sample_folder(run, ["a"], [1], tmp_path / "out", QUICK)
-    (run / "export").symlink_to(sd)
-    assert pipelines.find_model(run) == pipelines.Found(run / "export", 150)
-    long = START + "and a storm"
-    of_folder = sample_folder(sd, [long], [1, 2], tmp_path / "folder", replace(QUICK, guidance=50))
-    of_run = sample_folder(run, [long], [1, 2], tmp_path / "run-out", replace(QUICK, guidance=50))
-    assert [path.name for path in of_folder] == [path.name for path in of_run]
-    with Image.open(of_folder[0]) as cut, Image.open(of_run[0]) as whole:
-        assert not np.array_equal(np.asarray(cut), np.asarray(whole)), "the run's window was not used"
-    assert (tmp_path / "folder/grid.png").is_file()
-    assert sample_folder(sd, ["a"], [1], tmp_path / "other", QUICK, rank=1) == []
-    assert not (tmp_path / "other").exists(), "a rank other than the first wrote"
-
-
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model_index.json"):
-        sample_folder(tmp_path, ["a"], [1], tmp_path / "out", QUICK)
-    with pytest.raises(UserError, match="no such folder"):
-        sample_folder(tmp_path / "nothing", ["a"], [1], tmp_path / "out", QUICK)
-
-
-def test_pictures_that_are_not_finite_are_told(sd: Path, tmp_path: Path) -> None:
-    broken = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None, low_cpu_mem_usage=False)
-    with torch.no_grad():
-        broken.unet.conv_out.weight.fill_(float("nan"))
-    broken.save_pretrained(tmp_path / "broken")
-    assert not draw(broken, ["a"], [1], QUICK)[0].finite
-    with pytest.raises(UserError, match="not finite"):
-        sample_folder(tmp_path / "broken", ["a", "b"], [1], tmp_path / "out", QUICK)
-
-
-COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta"]
-
-
-def check_grid(grid: Callable[..., Image.Image]) -> None:
-    """Pictures stand row by row, none over another, and labels are drawn."""
-    images = [Image.new("RGB", (64, 64), colour) for colour in COLOURS]
-    sheet = grid(images, ["first", "second"], ["one", "two", "three"])
-    boxes = []
-    for image in images:
-        colour = np.array(image.getpixel((0, 0)))
-        y, x = np.nonzero((np.asarray(sheet) == colour).all(-1))
-        boxes.append((x.min(), y.min(), x.max(), y.max()))
-        assert len(x) == (x.max() - x.min() + 1) * (y.max() - y.min() + 1), "a picture is covered"
-    assert boxes == sorted(boxes, key=lambda box: (box[1], box[0])), "pictures out of order"
-    assert len({box[0] for box in boxes}) == 3 and len({box[1] for box in boxes}) == 2
-    grey = np.asarray(sheet.convert("L"))
-    assert (grey[:, : boxes[0][0] - 2] < 100).any(), "no labels at the rows"
-    assert (grey[: boxes[0][1] - 2, boxes[0][0] :] < 100).any(), "no labels at the columns"
-    assert (grey[[0, -1]] == 255).all() and (grey[:, [0, -1]] == 255).all(), "ink at the edge"
-
-
-def test_grid() -> None:
-    check_grid(grid)
-
-
-def test_grid_catches_columns_taken_for_rows() -> None:
-    with pytest.raises(AssertionError, match="order"):
-        check_grid(lambda images, rows, columns: grid([images[i] for i in (0, 3, 1, 4, 2, 5)], rows, columns))
-
-
-def test_grid_catches_missing_labels() -> None:
-    with pytest.raises(AssertionError, match="labels"):
-        check_grid(lambda images, rows, columns: grid(images, [""] * 2, [""] * 3))
-
-
-@pytest.mark.parametrize("label", [START * 3, "x" * 500, "", "猫 " * 40, "word"])
-@pytest.mark.parametrize("size", [(64, 64), (300, 200), (20, 90)])
-def test_labels_never_touch_pictures_or_edges(label: str, size: tuple[int, int]) -> None:
-    sheet = grid([Image.new("RGB", size, "white")] * 4, [label, "b"], [label, "d"], title=label)
-    grey = np.asarray(sheet.convert("L"))
-    assert (grey[[0, -1]] > 250).all() and (grey[:, [0, -1]] > 250).all(), "ink at the edge"
-    assert sheet.width < 4 * max(size[0], 160) + 100
-
-
-def test_a_grid_of_the_wrong_number_of_pictures() -> None:
-    with pytest.raises(AssertionError, match="fill"):
-        grid([Image.new("RGB", (8, 8))] * 3, ["a", "b"], ["c", "d"])

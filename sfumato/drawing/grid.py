@@ -1,100 +1,12 @@
-"""What was drawn: pictures with what it takes to draw them again, as files and as one labelled grid."""
+"""One labelled sheet of many pictures."""
 
-import json
-import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
-
-import sfumato
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, PAPER, FAINT = "#1f2328", "#ffffff", "#d8dce1"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn."""
-
-    steps: int = 25
-    """Denoising steps."""
-    guidance: float = 5.0
-    """Classifier-free guidance; 1 and less is without."""
-    size: int | tuple[int, int] | None = None
-    """Pixels: a square's side or (width, height); None is what the model was made for."""
-    negative: str | None = None
-    """What the pictures should not show; None is the pipeline's own absent prompt."""
-    scheduler: Literal["ddim", "euler", "dpm++", "unipc"] | None = None
-    """The sampler; None is the model's own."""
-    guidance_rescale: float = 0.0
-    """Share of arXiv:2305.08891's correction of over-exposed pictures; 0.7 suits zero-terminal-SNR models."""
-    batch_size: int = 1
-    """Pictures per forward pass; with 1 a picture is the same to the bit whatever else is drawn."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One picture and all that is needed to draw it again."""
-
-    index: int
-    """Its place among all pairs of prompt and seed, seeds running fastest."""
-    prompt: str
-    seed: int
-    image: Image.Image
-    sampling: Sampling
-    scheduler: str
-    """The class of the scheduler that drew it."""
-    model: str = ""
-    """The weights that drew it, for people to read."""
-    finite: bool = True
-    """False if the model gave infinite or undefined pixels."""
-
-    def facts(self) -> dict[str, str | int | float | bool | None]:
-        """What is written into the PNG and into the list beside it."""
-        return {
-            "prompt": self.prompt,
-            "negative": self.sampling.negative,
-            "seed": self.seed,
-            "steps": self.sampling.steps,
-            "guidance": self.sampling.guidance,
-            "guidance_rescale": self.sampling.guidance_rescale,
-            "scheduler": self.scheduler,
-            "width": self.image.width,
-            "height": self.image.height,
-            "model": self.model,
-            "finite": self.finite,
-            "software": f"Sfumato {sfumato.__version__}",
-        }
-
-
-def write(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
-    """Save each drawing as a PNG that tells how it was made, and the list of them as drawings.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    lines: list[str] = []
-    for drawing in drawings:
-        words = re.sub(r"[^a-z0-9]+", "-", drawing.prompt.lower())[:40].strip("-") or "drawing"
-        path = folder / f"{drawing.index:03d}-{words}-seed{drawing.seed}.png"
-        text = PngInfo()
-        for key, value in drawing.facts().items():
-            text.add_text(key, "" if value is None else str(value))
-        drawing.image.save(path, pnginfo=text)
-        paths.append(path)
-        lines.append(json.dumps({"file": path.name, **drawing.facts()}, ensure_ascii=False))
-    (folder / "drawings.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return paths
-
-
-def grid_of(drawings: Sequence[Drawing]) -> Image.Image:
-    """A grid with a row for each prompt and a column for each seed."""
-    rows = list(dict.fromkeys(drawing.prompt for drawing in drawings))
-    seeds = list(dict.fromkeys(drawing.seed for drawing in drawings))
-    return grid([drawing.image for drawing in drawings], rows, [f"seed {seed}" for seed in seeds])
 
 
 def grid(

@@ -1,0 +1,1 @@
+"""Prompts, seeds and pictures to pictures, through diffusers' own pipelines."""
