@@ -61,8 +61,14 @@ class Batch:
     """The encoded captions, B rows each, dropped ones in place; None where they are not cached."""
     hint: Tensor | None = None
     """(B, 3, H, W) fp32 in [0, 1]: the conditioning images, cut as the pixels are."""
+    share: Tensor | None = None
+    """(B,) fp32: how many times each sample's loss counts in the mean over the global batch; None: once."""
     faults: tuple[Fault, ...] = ()
     """Records that could not be read; others stand in for them, with the randomness that was theirs."""
+
+    def weighed(self, losses: Tensor) -> Tensor:
+        """The losses (B,), each as often as it counts."""
+        return losses if self.share is None else losses * self.share
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor changed."""

@@ -7,6 +7,7 @@ where a run was resumed.
 import atexit
 import json
 import signal
+import sys
 from collections.abc import Generator, Iterable, Iterator
 from math import ceil
 from multiprocessing import active_children
@@ -21,6 +22,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch, Fault
 from sfumato.data.buckets import Cells
 from sfumato.data.cached import Cached
+from sfumato.data.halves import Halves, shares
 from sfumato.data.index import Index
 from sfumato.data.order import Order, slice_of
 from sfumato.data.samples import Samples, Wanted
@@ -49,7 +51,9 @@ class Loader:
         self.config, self.index, self.rank, self.world = config, index, rank, world
         self.accumulation = config.accumulation(world)
         repeats = [part.repeats for part in index.parts]
-        self.order = Order(cells.counts, repeats, config.batch_size, config.seed)
+        asked = cells.counts, repeats, config.batch_size, config.seed
+        self.order = Order(*asked) if index.prior is None else Halves(*asked, index.prior)
+        assert (config.data.prior is None) == (index.prior is None), "the index is of other data"
         self.samples = Samples(config, index, cells, latent_channels, vae_factor, cached)
         self.list = config.folder / "faults" / f"rank-{rank}.jsonl"
         self.faults = set(read_faults(self.list))
@@ -70,7 +74,10 @@ class Loader:
         """The numbers of one of this rank's micro-batches."""
         chosen = self.order.batch_at(step)
         part = slice_of(self.rank, self.world, micro, self.config.micro_batch_size)
-        return Wanted(chosen.bucket, chosen.part[part], chosen.member[part], chosen.visit[part])
+        share = None
+        if self.config.data.prior is not None and self.index.prior is not None:
+            share = shares(chosen.part, self.index.prior, self.config.data.prior.weight)[part]
+        return Wanted(chosen.bucket, chosen.part[part], chosen.member[part], chosen.visit[part], share)
 
     def steps_from(self, step: int) -> Generator[list[Batch], None, None]:
         """One list of `accumulation` micro-batches per optimizer step, from `step` on, without end.
@@ -195,11 +202,18 @@ def begin_worker(_: int) -> None:
     the batches that the main process still needs to end in good order.
     """
     torch.set_num_threads(1)
+    sys.excepthook = told_unless_alone
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def told_unless_alone(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """In a worker: show an error of a thread, unless it is that the run has hung up, as in Ctrl-C."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def end_workers(batches: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sfumato.config import Config
+from sfumato.config import Config, Tags
 from sfumato.data import draws
 from sfumato.data.batch import Batch, Draws, Fault
 from sfumato.data.buckets import Cells
@@ -32,6 +32,8 @@ class Wanted(NamedTuple):
     """(B,) int64: the record's number in its cell, that is in this part of this bucket."""
     visit: np.ndarray
     """(B,) int64: how often the cell came before."""
+    share: np.ndarray | None = None
+    """(B,) fp32: see Batch.share."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Samples(Dataset["Batch | UserError"]):
         self.perturbed = config.objective.input_perturbation > 0
         self.images_cached = cached is not None and cached.images is not None
         self.captions_cached = cached is not None and cached.captions is not None
+        # What is said around captions is about the instances: it would teach the prior their word.
+        plain = self.data.model_copy(update={"caption_prefix": "", "caption_suffix": "", "tags": Tags()})
+        self.wording = [plain if part == index.prior else self.data for part in range(len(index.parts))]
+        """What is made of captions, for each part."""
         self.hints = any(layout.conditioning_column for layout in config.data.layouts)
 
     def __getitem__(self, wanted: Wanted) -> Batch | UserError:
@@ -92,6 +98,7 @@ class Samples(Dataset["Batch | UserError"]):
             moments=images if self.images_cached else None,
             text=self.encoded(captions, dropped) if self.captions_cached else None,
             hint=torch.stack(hints) if hints else None,
+            share=None if wanted.share is None else torch.from_numpy(wanted.share),  # (B,)
             faults=tuple(faults),
         )
 
@@ -136,7 +143,7 @@ class Samples(Dataset["Batch | UserError"]):
         """A view of a record. Raises UserError or OSError if it cannot be had."""
         record = self.index.record(number)
         cut = self.cut(number, record, view, target)
-        text = caption(self.data, record.captions, record.weights, self.seed, number, view)
+        text = caption(self.wording[record.part], record.captions, record.weights, self.seed, number, view)
         hint = self.hint(number, record, cut) if self.hints else None
         return Sample(self.image(number, record, cut), hint, text, cut.six)
 

@@ -70,6 +70,8 @@ class Index:
     """(N, 2) uint32: height and width as a viewer shows the picture; memory-mapped."""
     part: np.ndarray
     """(N,) uint16: the part that a record is of; memory-mapped."""
+    prior: int | None
+    """The part that preserves the prior, if the index holds it."""
     digests: np.ndarray | None
     """(N, 16) uint8: BLAKE2b-128 of the image file's bytes, then the conditioning image's, if asked for."""
 
@@ -80,6 +82,8 @@ class Index:
             raise ValueError(f"no index in {folder}")
         self.folder, self.sources, self.facts, self.wish = folder, list(sources), facts, wish
         self.parts = parts_of(data, facts["parts"])
+        given = data.prior is not None and data.prior.source is not None
+        self.prior = len(self.parts) - 1 if given else None
         groups = [(part["layout"], part["group"]) for part in facts["parts"]]
         visits = [(part.repeats, part.count) for part in self.parts]
         self.fingerprint = digest([facts["content"], *groups, *visits])
@@ -199,8 +203,12 @@ class Index:
 
 
 def parts_of(data: Data, told: Sequence[dict[str, Any]]) -> list[PartFacts]:
-    """The parts with their repeats in an epoch: as the config says, or so that the weights are kept."""
-    total = sum(part["count"] for part in told)
+    """The parts with their repeats in an epoch: as the config says, or so that the weights are kept.
+
+    The prior's are 1: it has an order of its own.
+    """
+    asked_for = len(data.parts) or 1
+    total = sum(part["count"] for part in told if part["layout"] < asked_for)
     visits = [0] * len(data.layouts)  # of each layout, were its weight not asked for
     for part in told:
         visits[part["layout"]] += part["count"] * part["repeats"]
@@ -209,10 +217,11 @@ def parts_of(data: Data, told: Sequence[dict[str, Any]]) -> list[PartFacts]:
     for part in told:
         layout = part["layout"]
         repeats = Fraction(part["repeats"])
-        if any(weights):
+        own = data.parts[layout] if layout < len(data.parts) else None
+        if own is not None and any(weights):
             repeats *= weights[layout] / sum(weights) * total / visits[layout]
             repeats = max(repeats.limit_denominator(10**6), Fraction(1, 10**6))
-        elif data.parts and (asked := data.parts[layout].repeats) is not None:
+        elif own is not None and (asked := own.repeats) is not None:
             repeats *= max(Fraction(asked).limit_denominator(1000), Fraction(1, 1000))
         name = part_name(data.layouts[layout].source, part["group"])
         parts.append(PartFacts(name, repeats, part["count"]))
