@@ -17,10 +17,14 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "n
 FREE = frozenset(
     {"name", "output", "steps", "micro_batch_size", "engine", "checkpoint", "preview", "log", "export"}
     | {"data.source", "data.workers", "data.worker_timeout", "data.store", "data.cache", "data.max_faults"}
+    | {"data.prior.source"}
     | {"model.weights", "model.vae", "model.variant"}
 )
 """Settings that may change between two starts of one run: they do not move its curve. That the data are the
-same is seen from their fingerprint; weights are read only before the first checkpoint."""
+same is seen from their fingerprint."""
+BASE = {"model.weights", "model.variant", "method.weights"}
+"""Settings that may change where the checkpoint holds the whole denoiser, but not where the rest is read
+from them at every start."""
 
 WHOLE = {"method", "objective.timesteps", "objective.weight"}
 
@@ -60,7 +64,8 @@ def latest(config: Config, fingerprint: str) -> checkpoint.Saved | None:
         return None
     saved = checkpoint.Saved(checkpoint.path_of(folder, steps[-1]))
     before, now = flat(saved.state["config"]), flat(config.model_dump(mode="json"))
-    names = sorted(name for name in before.keys() | now.keys() if not free(name))
+    fixed = BASE if config.method.kind != "full" else set()
+    names = sorted(name for name in before.keys() | now.keys() if not free(name) or name in fixed)
     changes = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
     if saved.state["data"] != fingerprint:
         changes.append("the data are not those that it was trained on")

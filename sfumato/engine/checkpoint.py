@@ -8,6 +8,7 @@ ranks, so it loads on others. The order of samples and all randomness follow fro
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sfumato.engine import shards
 from sfumato.engine.engine import Engine
 from sfumato.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's dynamic fp16 loss scale remembers."""
 
@@ -35,16 +36,24 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(entry.name[5:]) for entry in folder.glob("step-*") if entry.name[5:].isdigit())
 
 
-def save(engine: Engine, folder: Path, facts: dict[str, Any], keep: int) -> Path:
+def save(
+    engine: Engine,
+    folder: Path,
+    facts: dict[str, Any],
+    keep: int,
+    beside: Callable[[Path], None] | None = None,
+) -> Path:
     """Write the checkpoint of the engine's step on all ranks together, then drop all but the newest `keep`.
 
-    facts: JSON values to keep beside the tensors. A reader never sees a half-written checkpoint: the ranks
-    write into a hidden folder, which gets its name when all are done.
+    facts: JSON values to keep beside the tensors. beside: called on the first rank, while the others wait,
+    with the folder of the checkpoint, to which it may add what can be made from it. A reader never sees a
+    half-written checkpoint: the ranks write into a hidden folder, which gets its name when all are done.
     """
     ranks, final = engine.ranks, path_of(folder, engine.step_count)
     part = final.with_name(f".{final.name}.part")
     if ranks.first:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in folder.glob(".step-*.part"):
+            shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
     ranks.barrier()
     tensors = own_tensors(engine)
@@ -64,6 +73,8 @@ def save(engine: Engine, folder: Path, facts: dict[str, Any], keep: int) -> Path
         }
         (part / "state.json").write_text(json.dumps(state, indent=1))
         sync(part / "state.json")
+        if beside is not None:
+            beside(part)
         sync(part)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)

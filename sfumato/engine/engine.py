@@ -38,11 +38,17 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, build: Callable[[], nn.Module], weights: WeightFiles
+        self,
+        config: Config,
+        ranks: Ranks,
+        build: Callable[[], nn.Module],
+        weights: WeightFiles,
+        settle: Callable[[Any], None] | None = None,
     ) -> None:
         """Build the module on all ranks together and fill it with weights.
 
         build: makes the module; every trained parameter's shape is final, its numbers are not used.
+        settle: may change what is frozen once it has its numbers; only below stage 3, which has cut it up.
         Raises UserError if the weights are not the module's.
         """
         self.config, self.ranks = config, ranks
@@ -56,17 +62,19 @@ class Engine:
         self._applied: list[Tensor] = []
         settings = ds_config(config, ranks.world)
         module = self._build(build, settings)
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         assert trained, "the method's module has no parameter that learns"
         base = optimizer.build(config, trained, ranks.device)
         # DeepSpeed takes parameters and optimizer together; without the list it would pass frozen ones too.
         with redirect_stdout(io.StringIO()):  # some of its optimizers print memory figures
             self.deepspeed, *_ = deepspeed.initialize(
-                model=module, optimizer=base, model_parameters=trained, config=settings
+                model=module, optimizer=base, model_parameters=[*trained.values()], config=settings
             )
         weights.check(self.deepspeed.module)
         shards.fill_frozen(self.deepspeed, weights)
         shards.fill(self.deepspeed, weights)
+        if settle is not None and config.engine.zero_stage < 3:
+            settle(self.deepspeed.module)
 
     def _build(self, build: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
         with Unfilled(), warnings.catch_warnings():
@@ -76,7 +84,13 @@ class Engine:
                 return build()
             # Each layer is cut into the ranks' parts as soon as it exists, so that no rank holds the whole.
             with deepspeed.zero.Init(config_dict_or_path=settings, dtype=self.dtype):
-                return build()
+                module = build()
+        for part in module.modules():
+            # CLIP asks this table for its length before the table's own forward pass has gathered it.
+            table = getattr(part, "position_embedding", None)
+            if isinstance(table, nn.Embedding):
+                deepspeed.zero.register_external_parameter(part, table.weight)
+        return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass in the run's arithmetic."""
@@ -88,7 +102,7 @@ class Engine:
         return self.deepspeed.module.parameters()
 
     @contextmanager
-    def drawing(self) -> Iterator[nn.Module]:
+    def drawing(self) -> Iterator[Any]:
         """The module for pictures: no gradients, the run's arithmetic. All ranks run it equally often."""
         with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.autocast):
             yield self.deepspeed.module
@@ -137,9 +151,10 @@ class Engine:
 
     def _set_rates(self) -> None:
         """Learning rate and EMA decay of the coming step, as functions of the step alone."""
-        self.lr = self.config.peak_lr * optimizer.lr_factor(self.config, self.step_count)
+        factor = optimizer.lr_factor(self.config, self.step_count)
+        self.lr = self.config.peak_lr() * factor
         for group in self.deepspeed.basic_optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = group["peak"] * factor
         if self.config.ema.enabled:
             self.deepspeed.basic_optimizer.ema_decay = optimizer.ema_decay(self.config.ema, self.step_count)
 

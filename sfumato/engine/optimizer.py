@@ -1,7 +1,7 @@
 """The base optimizer that DeepSpeed steps, the average it keeps, and the learning rate's law."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,17 +46,23 @@ def ema_decay(ema: Ema, step: int) -> float:
     return min(ema.decay, (1 + step) / (10 + step)) if ema.warmup else ema.decay
 
 
-def build(config: Config, parameters: list[torch.nn.Parameter], device: torch.device) -> Optimizer:
-    """The optimizer that `[optimizer]` names, with the average if `[ema]` asks for it."""
+def build(config: Config, parameters: Mapping[str, torch.nn.Parameter], device: torch.device) -> Optimizer:
+    """The optimizer that `[optimizer]` names, with the average if `[ema]` asks for it.
+
+    It has a group for each learning rate, whose "peak" is the rate after the warm-up.
+    """
     settings = config.optimizer
     kind: type[Optimizer] = SGD
-    options: dict[str, Any] = {"lr": config.peak_lr, "weight_decay": settings.weight_decay}
+    options: dict[str, Any] = {"weight_decay": settings.weight_decay}
     if settings.name == "adamw":
         fused = device.type in ("cpu", "cuda")  # one pass over memory where torch has the kernel
         kind, options = AdamW, options | {"betas": settings.betas, "eps": settings.eps, "fused": fused}
     if config.ema.enabled:
         kind = averaging(kind)
-    return kind(parameters, **options)
+    peaks: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        peaks.setdefault(config.peak_lr(name), []).append(parameter)
+    return kind([{"params": several, "lr": peak, "peak": peak} for peak, several in peaks.items()], **options)
 
 
 def lr_factor(config: Config, step: int) -> float:

@@ -1,6 +1,6 @@
 """Weights on disk, read slice by slice: a model's safetensors files, or random ones made once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -11,44 +11,70 @@ from sfumato.engine.ranks import Ranks
 from sfumato.engine.shards import shape_of
 from sfumato.errors import UserError
 
+Files = Mapping[str, Sequence[Path]]
+"""A part's name -> its safetensors; "" is the name of files whose tensors are named in full."""
+RECOUNTED = ".position_ids"
+"""Numbers from 0 on, which old files of CLIP hold as if they were weights."""
+
 
 class WeightFiles:
-    """The tensors of one or more safetensors files, by name; opened lazily, never held whole.
+    """The tensors of safetensors files, by name; opened lazily, never held whole.
 
-    called: a parameter's name -> its name in the files.
+    called: a parameter's name -> its name in the files of its part, after the part's name.
     """
 
-    def __init__(self, files: Sequence[Path], called: Callable[[str], str] = str) -> None:
-        self.files, self.called = list(files), called
-        self._open = [safe_open(file, "pt") for file in self.files]
-        self._of = {name: file for file in self._open for name in file.keys()}
+    def __init__(self, files: Files, called: Callable[[str], str] = str) -> None:
+        self.files, self.called = [file for several in files.values() for file in several], called
+        opened = [(part, safe_open(file, "pt")) for part, several in files.items() for file in several]
+        self._of = {
+            plain(f"{part}.{name}" if part else name): (file, name)
+            for part, file in opened
+            for name in file.keys()
+            if not name.endswith(RECOUNTED)
+        }
 
     def check(self, module: nn.Module) -> None:
         """Refuse files whose names or shapes are not those of the module's parameters."""
-        wanted = {self.called(name): shape_of(p) for name, p in module.named_parameters()}
+        wanted = {self.name(name): shape_of(p) for name, p in module.named_parameters()}
         missing = sorted(wanted.keys() - self._of.keys())
-        surplus = sorted(self._of.keys() - wanted.keys() - {name for name, _ in module.named_buffers()})
+        surplus = sorted(
+            self._of.keys() - wanted.keys() - {plain(name) for name, _ in module.named_buffers()}
+        )
         wrong = [
             f"{name} is {found}, not {shape}"
             for name, shape in wanted.items()
-            if name in self._of and (found := tuple(self._of[name].get_slice(name).get_shape())) != shape
+            if name in self._of and (found := self.shape(name)) != shape
         ]
         for what, names in (("lack", missing), ("also hold", surplus), ("differ in", wrong)):
             if names:
                 raise UserError(
-                    f"weights for {type(module).__name__} from {', '.join(str(f) for f in self.files)}",
+                    f"weights from {', '.join(str(f) for f in self.files)}",
                     f"the files {what} {len(names)} tensors, the first: {names[0]}",
                     "use weights that fit the config.json beside them",
                 )
 
+    def name(self, parameter: str) -> str:
+        """What a parameter is called here."""
+        return plain(self.called(parameter))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        file, inner = self._of[name]
+        return tuple(file.get_slice(inner).get_shape())
+
     def __call__(self, name: str, start: int, length: int) -> Tensor:
-        """A slice of the flattened tensor, (length,)."""
-        name = self.called(name)
-        return self._of[name].get_tensor(name).flatten()[start : start + length]
+        """A slice of a parameter's flattened tensor, (length,)."""
+        file, inner = self._of[self.name(name)]
+        return file.get_tensor(inner).flatten()[start : start + length]
+
+
+def plain(name: str) -> str:
+    """A name without the word that transformers puts before CLIP's, depending on version and class."""
+    return name.replace(".text_model.", ".", 1)
 
 
 def starting(
-    files: Sequence[Path],
+    files: Files,
     draw: Callable[[], dict[str, Tensor]],
     called: Callable[[str], str],
     folder: Path,
@@ -66,4 +92,4 @@ def starting(
         save_file(drawn, part)
         part.rename(file)
     ranks.barrier()
-    return WeightFiles([*files, file] if file.exists() else files, called)
+    return WeightFiles({**files, "": [file]} if file.exists() else files, called)

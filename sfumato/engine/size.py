@@ -1,0 +1,47 @@
+"""What a checkpoint takes on disk. Imports no torch."""
+
+import json
+import struct
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from sfumato.config import Config
+from sfumato.models.folder import Facts, weight_files
+
+STATES = {"adamw": 2, "sgd": 0}
+"""fp32 numbers that an optimizer keeps for each weight, in a checkpoint too."""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a number."""
+
+
+def checkpoint_bytes(config: Config, facts: Facts | None, parameters: int) -> int:
+    """The size of one checkpoint: fp32 weights, optimizer states, the average, and its export.
+
+    parameters: what learns; 0 where that is known later, and the size is not asked for.
+    """
+    kept = parameters * 4 * (1 + STATES[config.optimizer.name] + config.ema.enabled)
+    return kept + (export_numbers(config, facts, parameters) * BYTES[config.export.dtype] if kept else 0)
+
+
+def export_numbers(config: Config, facts: Facts | None, parameters: int) -> int:
+    """The numbers in a checkpoint's export: of a pipeline its frozen parts, too; a LoRA is written twice."""
+    if not config.checkpoint.export:
+        return 0
+    if config.method.kind != "full" or facts is None:
+        return parameters * (2 if config.method.kind == "lora" else 1)
+    texts = [part for part in facts.needs if part.startswith("text_encoder")]
+    files = [weight_files(facts.folder, part, config.model.variant) for part in texts]
+    vae = sorted(facts.vae_folder.glob("*.safetensors"))[:1]
+    return parameters + count([*vae, *(file for part in files for file in part)])
+
+
+def count(files: Sequence[Path]) -> int:
+    """The numbers in safetensors files, read from their headers only."""
+    total = 0
+    for path in files:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
