@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato import run, start
+from sfumato import prior, run, start
 from sfumato.config import Config
 from sfumato.data.batch import Fault
 from sfumato.data.buckets import Cells
@@ -119,7 +119,8 @@ class Filler:
     def texts(self, number: int) -> set[str]:
         """Every text that a record's visits can have."""
         record = self.index.record(number)
-        return possible(self.config.data, record.captions, record.weights, self.config.seed, number)
+        wording = self.samples.wording[record.part]
+        return possible(wording, record.captions, record.weights, self.config.seed, number)
 
     def mine(self, key: bytes) -> bool:
         """Whether this rank encodes a caption; equal ones have equal keys and thus one rank."""
@@ -239,7 +240,10 @@ def encode(config: Config) -> Path:
 
 
 def prune(folder: Path, tell: Callable[[str], None] = print) -> tuple[int, int]:
-    """Free what no run needs whose folder is still there; records and bytes that were freed."""
+    """Free what no run needs whose folder is still there; records and bytes that were freed.
+
+    Class images that were drawn for runs are records, too.
+    """
     store = Store(folder)
     kept = []
     for use in list(store.uses()):
@@ -248,7 +252,9 @@ def prune(folder: Path, tell: Callable[[str], None] = print) -> tuple[int, int]:
         else:
             store.drop_use(use.name)
             tell(f"the run {use.facts['run']} is gone")
-    return store.prune(use.keys() for use in kept)
+    pictures, freed = prior.prune(folder, tell)
+    records, more = store.prune(use.keys() for use in kept)
+    return pictures + records, freed + more
 
 
 def array(keys: Iterable[bytes]) -> np.ndarray:

@@ -7,27 +7,28 @@ A plan has already opened what it looked at: its facts, index and cells need not
 """
 
 import contextlib
-import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
 from pathlib import Path
 
-from sfumato.config import Config
+from sfumato import prior
+from sfumato.config import Config, Data
 from sfumato.data.buckets import Cells, reason
 from sfumato.data.index import Index, open_index
 from sfumato.engine.ds_keys import check_nested_keys, deepspeed_faults
+from sfumato.engine.size import checkpoint_bytes, count
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine, learned, weight_files
+from sfumato.prior import Pictures
+from sfumato.report import upload
 
 IMAGES = ("images", "both")
 """Values of data.cache that encode images."""
-STATES = {"adamw": 2, "sgd": 0}
-"""fp32 numbers that an optimizer keeps for each weight, in a checkpoint too."""
+LOOKED_AT = 1000
+"""Records whose captions are read before a run."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class Plan:
     index: Index
     cells: Cells
     parameters: int | None
-    """Trained weights; None where they start from random numbers."""
+    """Trained weights; None where they are counted later."""
+    pictures: Pictures | None = None
+    """The prior's class images, where the model draws them."""
+    missing: Sequence[int] = ()
+    """Those of them that are not drawn; the index is without any then."""
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Pairs of a heading and what is planned."""
@@ -55,27 +60,29 @@ class Plan:
             f"{config.batch_size} = {config.micro_batch_size} on {self.world} {self.accelerator} "
             f"rank{'s' * (self.world > 1)}, {self.accumulation} time{'s' * (self.accumulation > 1)}",
         )
-        epoch = float(sum(self.visits()))
-        epochs = config.steps * config.batch_size / epoch
+        epoch = float(sum(self.visits()[: self.index.prior]))
+        epochs = config.steps * config.batch_size / (2 if config.data.prior else 1) / epoch
         yield "steps", f"{config.steps:,}, which are {epochs:,.2f} epochs of {epoch:,.0f} samples"
         yield "numbers", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"
-        room = checkpoint_bytes(config, self.parameters or 0)
+        room = checkpoint_bytes(config, facts, self.parameters or 0)
         yield "folder", f"{config.folder}" + (f" (a checkpoint takes {room / 1e9:,.2f} GB)" if room else "")
 
     def data_lines(self) -> Iterator[tuple[str, str]]:
         """What is known of the images."""
         data, parts = self.config.data, self.index.parts
         yield "images", self.index.where()
-        visits = self.visits()
-        for part, number in zip(parts, visits, strict=True) if len(parts) > 1 else ():
-            yield "", f"{float(number / sum(visits)):.1%} of the visits to the {part.count:,} of {part.name}"
+        for part, share in zip(parts, self.shares(), strict=True) if len(parts) > 1 else ():
+            yield "", f"{share:.1%} of the visits to the {part.count:,} of {part.name}"
+        if self.pictures is not None and self.missing:
+            what = f'{len(self.missing):,} class images of "{self.pictures.prompt}"'
+            yield "prior", f"{what} will be drawn first, into {self.pictures.folder}"
         sizes = [f"{wide}x{high}" for high, wide in self.cells.sizes]
         if len(sizes) > 1:
             yield "buckets", f"{len(sizes)}, from {sizes[0]} to {sizes[-1]}"
         else:
             yield "size", f"{sizes[0]} pixels"
-        small = int((self.cells.counts.sum(1) < self.config.batch_size).sum())
-        if small:
+        counts = self.cells.counts[:, : self.index.prior].sum(1) * (2 if data.prior else 1)
+        if small := int((counts < self.config.batch_size).sum()):
             yield "", f"of {small} there are fewer images than a batch holds, which then shows some twice"
         if faults := self.index.facts["faults"]:
             yield "faults", f"{faults:,} unusable, as listed in {self.index.folder / 'faults.jsonl'}"
@@ -88,6 +95,12 @@ class Plan:
         """Samples of each part in an epoch."""
         placed = self.cells.counts.sum(0).tolist()
         return [part.repeats * count for part, count in zip(self.index.parts, placed, strict=True)]
+
+    def shares(self) -> list[float]:
+        """Each part's share of the samples."""
+        visits, prior = self.visits(), self.index.prior
+        total = sum(visits[:prior]) * (1 if prior is None else 2)
+        return [float(number / total) for number in visits[:prior]] + [0.5] * (prior is not None)
 
     def __str__(self) -> str:
         return "\n".join(f"{heading:>8}  {text}" for heading, text in self.lines())
@@ -107,7 +120,8 @@ def check(
     Raises one UserError with all that was found.
     """
     faults: list[UserError] = []
-    steps, facts, index, cells, parameters = 0, None, None, None, None
+    steps, facts, index, cells, parameters, pictures = 0, None, None, None, None, None
+    data, missing = config.data, list[int]()
     with noted(faults):
         steps = config.accumulation(world)
     with noted(faults):
@@ -123,19 +137,30 @@ def check(
             check_sizes(config, facts)
         with noted(faults):
             check_objective(config, facts)
-        if not config.model.from_scratch:
-            parameters = count(weight_files(facts.folder, learned(facts.components), config.model.variant))
+    if facts is not None and prior.drawn(config):
+        with noted(faults):
+            pictures = prior.find(config)
+            if not (missing := pictures.missing()):
+                pictures.finish()
+                data = pictures.given(config).data
     with noted(faults):
         check_views(config)
-        index = open_index(config.data, digests=config.data.cache in IMAGES, verify=verify, tell=tell)
-        index.check_faults(config.data)
-        cells = Cells.build(index.folder, config.data, index.sizes, index.part, len(index.parts))
+        index = open_index(data, digests=data.cache in IMAGES, verify=verify, tell=tell)
+        index.check_faults(data)
+        cells = Cells.build(index.folder, data, index.sizes, index.part, len(index.parts))
     with noted(faults):
-        check_folder(config, parameters or 0)
+        parameters = check_method(config, facts, index)
+    with noted(faults):
+        check_conditions(config)
+    with noted(faults):
+        check_folder(config, facts, parameters or 0)
+    with noted(faults):
+        upload.check(config.export.push_to_hub)
     if faults:
         raise joined(faults, f'the run "{config.name}"')
     assert facts and index and cells, "a part is missing, yet nothing was found wrong"
-    return Plan(config, world, accelerator, steps, facts, index, cells, parameters)
+    found = facts, index, cells, parameters, pictures, tuple(missing)
+    return Plan(config, world, accelerator, steps, *found)
 
 
 @contextlib.contextmanager
@@ -187,6 +212,37 @@ def check_views(config: Config) -> None:
         )
 
 
+def check_method(config: Config, facts: Facts | None, index: Index | None) -> int | None:
+    """How many numbers learn, where that is known. Raises UserError for what the method cannot do."""
+    if facts is None:
+        return None
+    if config.method.kind == "full":
+        if config.model.from_scratch:
+            return None
+        return count(weight_files(facts.folder, learned(facts.components), config.model.variant))
+    if index is None:
+        return None
+    from sfumato.methods import METHODS  # diffusers takes seconds, and Full has nothing to say
+
+    return METHODS[config.method.kind].check(config, facts, some_captions(config.data, index))
+
+
+def check_conditions(config: Config) -> None:
+    """Raise UserError for a preview's second image that cannot be read."""
+    if config.preview.conditions:
+        from sfumato.drawing.inputs import read  # torch is needed
+
+        for name in config.preview.conditions:
+            read(Path(name).expanduser())
+
+
+def some_captions(data: Data, index: Index) -> Iterator[str]:
+    """The captions of a thousand records, spread over all, as their visits read them."""
+    for number in range(0, len(index), -(-len(index) // LOOKED_AT)):
+        for text in index.line(number)[2] if index.part[number] != index.prior else ():
+            yield f"{data.caption_prefix}{text}{data.caption_suffix}"
+
+
 def check_precision(config: Config, accelerator: str) -> None:
     """Raise UserError for the cells of precision, stage and device that DeepSpeed cannot do right."""
     engine = config.engine
@@ -209,7 +265,7 @@ def check_objective(config: Config, facts: Facts) -> None:
     Objective(config.objective, facts.scheduler)
 
 
-def check_folder(config: Config, parameters: int) -> None:
+def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
     """Raise UserError unless the run's folder can be written to and has room for one checkpoint."""
     asked = f"the run's folder {config.folder}"
     place = config.folder.absolute()
@@ -219,26 +275,10 @@ def check_folder(config: Config, parameters: int) -> None:
         raise UserError(asked, f"{place} is not a folder", "set another `output` or `name`")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(asked, f"{place} cannot be written to", "set another `output`, or change its owner")
-    needed, free = checkpoint_bytes(config, parameters), shutil.disk_usage(place).free
+    needed, free = checkpoint_bytes(config, facts, parameters), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
             asked,
             f"a checkpoint takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             "make room, or set `output` to a larger disk",
         )
-
-
-def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """The size of one checkpoint: fp32 weights, optimizer states and the average."""
-    return parameters * 4 * (1 + STATES[config.optimizer.name] + config.ema.enabled)
-
-
-def count(files: Sequence[Path]) -> int:
-    """The numbers in safetensors files, read from their headers only."""
-    total = 0
-    for path in files:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total

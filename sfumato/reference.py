@@ -1,4 +1,4 @@
-"""The page of all settings, written from config.py: `python -m sfumato.reference > docs/config.md`."""
+"""The page of all settings, written from config/: `python -m sfumato.reference > docs/config.md`."""
 
 from collections.abc import Iterator
 from types import UnionType
@@ -12,7 +12,7 @@ from sfumato.config import Config, Section
 
 HEAD = """# Every setting
 
-Written from `sfumato/config.py` by `python -m sfumato.reference > docs/config.md`; a test compares the two.
+Written from `sfumato/config/` by `python -m sfumato.reference > docs/config.md`; a test compares the two.
 A setting in a table is written `table.key=value` on the command line. A kind alone may stand for its table:
 `objective.weight = "min_snr"` is `objective.weight = { kind = "min_snr" }`.
 """

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
 INSTALL = "pip install 'sfumato[demo]'"
 # style -> (package, folder inside it, file pattern)
@@ -146,19 +146,36 @@ def evaluation_prompts() -> dict[str, str]:
 
 
 def write_images(
-    style: str, folder: str | Path, resolution: int = 64, codes: list[str] | tuple[str, ...] | None = None
+    style: str,
+    folder: str | Path,
+    resolution: int = 64,
+    codes: list[str] | tuple[str, ...] | None = None,
+    edges: bool = False,
 ) -> Path:
     """Write a captioned image folder: one RGB PNG on white for each concept, and metadata.jsonl.
 
     `codes` defaults to every concept of concepts.txt.  Each line of metadata.jsonl has the keys "file_name"
-    and "text", which is what Hugging Face datasets' imagefolder reads.
+    and "text", which is what Hugging Face datasets' imagefolder reads; with `edges` also "edges", the file of
+    the drawing's outlines, white on black, for a ControlNet.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "edges" if edges else folder).mkdir(parents=True, exist_ok=True)
     chosen = list(concepts() if codes is None else codes)
     lines = []
     for code, image in zip(chosen, drawings(style, chosen, resolution), strict=True):
-        on_white(Image.fromarray(image)).save(folder / f"{code}.png")
-        lines.append(json.dumps({"file_name": f"{code}.png", "text": captions()[code]}))
+        drawing = on_white(Image.fromarray(image))
+        line = {"file_name": f"{code}.png", "text": captions()[code]}
+        drawing.save(folder / f"{code}.png")
+        if edges:
+            line["edges"] = f"edges/{code}.png"
+            outlines(drawing).save(folder / line["edges"])
+        lines.append(json.dumps(line))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def outlines(drawing: Image.Image) -> Image.Image:
+    """Where an RGB drawing changes, white on black, RGB of the same size."""
+    found = ImageOps.autocontrast(drawing.filter(ImageFilter.FIND_EDGES).convert("L"))
+    # The filter leaves the outermost pixels as they were, which are white paper.
+    return ImageOps.expand(ImageOps.crop(found, 1), 1, 0).convert("RGB")

@@ -11,9 +11,11 @@ from PIL import Image
 
 from sfumato import config, launch
 from sfumato.demo import emoji, measure
-from sfumato.drawings import Drawing, Sampling, grid, write
-from sfumato.pipelines import open_pipeline
-from sfumato.sample import draw
+from sfumato.drawing.draw import draw
+from sfumato.drawing.grid import grid
+from sfumato.drawing.pictures import Drawing, write
+from sfumato.drawing.pipelines import open_pipeline
+from sfumato.drawing.request import Sampling, shots
 from sfumato.tuning import has_accelerator
 
 SHIPPED = Path(__file__).parent / "base"
@@ -90,8 +92,8 @@ def trained(settings: config.Config, wishes: list[str]) -> Path:
 
 def drawn(model: Path, prompts: list[str]) -> list[Drawing]:
     """One drawing of each prompt, seed 0."""
-    pipeline, _ = open_pipeline(model, "cpu", torch.float32, 77, None)
-    return draw(pipeline, prompts, [0], SAMPLING, model=str(model))
+    pipeline, _ = open_pipeline(model, "cpu", torch.float32)
+    return draw(pipeline, shots(prompts, [0]), SAMPLING, model=str(model))
 
 
 def report(

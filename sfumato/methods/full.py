@@ -1,36 +1,27 @@
-"""Every weight of the denoiser learns."""
+"""Every weight of the denoiser learns, and of the text encoders if they are to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.config import Config
-from sfumato.models.denoiser import prepare
-from sfumato.models.family import Condition, Family
-from sfumato.models.folder import weight_files
+from sfumato.methods.method import Method, Trained
 from sfumato.models.loading import quiet
+from sfumato.models.parts import Parts
 
 
-class Full:
-    """Full training: the denoiser itself is the trained module."""
+class Full(Method):
+    """Full training."""
 
-    def __init__(self, family: Family, config: Config) -> None:
-        self.family, self.config = family, config
+    def build(self) -> Parts:
+        """The denoiser, and text encoders that learn, from their config files."""
+        return self.assembled(**{self.family.learns: self.family.build_denoiser()}, **self.text_parts())
 
-    def build(self) -> nn.Module:
-        """The denoiser from its config file, holding random numbers."""
-        net = self.family.build_denoiser()
-        prepare(net, self.config.engine.attention, self.config.engine.gradient_checkpointing)
-        return net
-
-    def weights(self) -> list[Path]:
-        """The denoiser's safetensors; [] when training from scratch."""
-        if self.family.model.from_scratch:
-            return []
-        return weight_files(self.family.folder, self.family.learns, self.family.model.variant)
+    def weights(self) -> Mapping[str, Sequence[Path]]:
+        """The files of what learns, without the denoiser's when training from scratch."""
+        return self.files_of(*self.text) if self.family.model.from_scratch else super().weights()
 
     def draw(self, seed: int) -> dict[str, Tensor]:
         """The whole denoiser's random weights when training from scratch, else nothing."""
@@ -38,34 +29,22 @@ class Full:
             return {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = self.build()
-        return {name: p.detach().contiguous() for name, p in net.state_dict().items()}
+            net = self.family.build_denoiser()
+        return {f"{self.family.learns}.{name}": p.contiguous() for name, p in net.state_dict().items()}
 
-    def source_name(self, name: str) -> str:
-        """Parameters have the names that they have in the files."""
-        return name
-
-    def export(
-        self,
-        read: Callable[[str], Tensor],
-        folder: Path,
-        dtype: torch.dtype,
-        process: Mapping[str, Any],
-    ) -> None:
+    def export(self, trained: Trained, folder: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> None:
         """A whole diffusers pipeline."""
         net: Any = self.family.build_denoiser()
+        parts = {self.family.learns: net, **(self.family.text_encoders if self.text else {})}
         with torch.no_grad():
-            for name, parameter in net.named_parameters():
-                parameter.copy_(read(name))
+            for name, numbers in trained.items():
+                part, _, inner = name.partition(".")
+                parts[part].get_parameter(inner).copy_(numbers)
         vae = self.family.vae
-        if not (vae.config.force_upcast and dtype == torch.float16):
-            # SDXL's VAE overflows in fp16 and says so in its config: it stays fp32.
-            with quiet():
-                vae.to(dtype)
         with quiet():
-            pipeline = self.family.assemble(net.to(dtype).eval(), process)
-            pipeline.save_pretrained(folder, safe_serialization=True)
-
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's answer, (B, c, h, w)."""
-        return self.family.predict(net, x_t, t, condition)
+            if not (vae.config.force_upcast and dtype == torch.float16):
+                # SDXL's VAE overflows in fp16 and says so in its config: it stays fp32.
+                vae.to(dtype)
+            self.family.assemble(net.to(dtype).eval(), process).save_pretrained(
+                folder, safe_serialization=True
+            )

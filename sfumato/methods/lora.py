@@ -1,81 +1,113 @@
-"""LoRA: small matrices beside the denoiser's layers learn, and the layers stay (arXiv:2106.09685)."""
+"""LoRA: small matrices beside a model's layers learn, and the layers stay (arXiv:2106.09685)."""
 
 import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfumato import config
+from sfumato import config, models
 from sfumato.errors import UserError
-from sfumato.models.denoiser import prepare
-from sfumato.models.family import Condition, Family
-from sfumato.models.folder import weight_files
+from sfumato.methods.method import Method, Trained
+from sfumato.models import quantized
+from sfumato.models.family import Family
+from sfumato.models.folder import Facts
+from sfumato.models.hub import is_hub_id
 from sfumato.models.loading import peft_library, quiet
+from sfumato.models.parts import Parts
 
 NAME = "default"
 """peft's name for an adapter; it stands in the parameters' names."""
 
 
-class LoRA:
-    """The denoiser with adapters in its layers; they alone require gradients."""
+class LoRA(Method):
+    """The denoiser, and the text encoders if asked, with adapters in their layers; they alone learn."""
 
     def __init__(self, family: Family, config: config.Config) -> None:
         """Raises UserError if peft is not there, or the targets match no layer."""
+        super().__init__(family, config)
         assert config.method.kind == "lora", f"a run of {config.method.kind}"
-        self.family, self.engine, self.rule = family, config.engine, config.method
+        self.rule = config.method
         self.peft = peft_library('method.kind = "lora"')
+        if self.rule.base_bits is not None:
+            quantized.library(f"method.base_bits = {self.rule.base_bits}")
         self.targets = self.find_targets()
 
-    def find_targets(self) -> list[str]:
-        """The names of all layers that get an adapter. Raises UserError for a target without any."""
+    @classmethod
+    def check(cls, config: config.Config, facts: Facts, captions: Iterable[str]) -> int:
+        cpu, fp32 = torch.device("cpu"), torch.float32
+        family = models.load(config.model, cpu, fp32, fp32, False, False)
         with torch.device("meta"):
-            net = self.family.build_denoiser()
-        layers = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        found: set[str] = set()
-        for target in self.rule.targets or self.family.lora_targets:
-            mine = [name for name in layers if matches(target, name)]
-            if not mine:
-                ends = sorted({name_end(name) for name in layers})
+            parts = cls(family, config).build()
+        return sum(p.numel() for p in parts.parameters() if p.requires_grad)
+
+    def find_targets(self) -> dict[str, list[str]]:
+        """For each part the names of all layers that get an adapter.
+
+        Raises UserError for a target without any, and for a part without any.
+        """
+        with torch.device("meta"):
+            bare = {self.family.learns: self.family.build_denoiser(), **self.text_parts()}
+        layers = {part: [*self.layers_of(part, net)] for part, net in bare.items()}
+        found: dict[str, set[str]] = {part: set() for part in bare}
+        for part, mine in layers.items():
+            usual = self.family.lora_text_targets if part in self.text else self.family.lora_targets
+            found[part].update(n for n in mine for t in self.rule.targets or usual if matches(t, part, n))
+        for target in self.rule.targets:
+            if not any(matches(target, part, name) for part, names in found.items() for name in names):
+                ends = sorted({name_end(name) for mine in layers.values() for name in mine})
                 near = difflib.get_close_matches(target, ends, 3, 0.3) or ends[:8]
                 raise UserError(
                     f'method.targets = "{target}"',
-                    f"no linear or convolution layer of the {type(net).__name__} is called so",
-                    f"its layers end in {', '.join(near)}, among others",
+                    f"no linear or convolution layer of {' or '.join(bare)} is called so",
+                    f"their layers end in {', '.join(near)}, among others",
                 )
-            found.update(mine)
-        return sorted(found)
+        for part in (part for part, names in found.items() if not names):
+            raise UserError(
+                f"adapters in the {part}",
+                f"method.targets = {list(self.rule.targets)} means none of its layers",
+                f"name some of {', '.join(sorted({name_end(name) for name in layers[part]})[:8])}"
+                + (", or unset method.text_encoders" if part in self.text else ""),
+            )
+        return {part: sorted(names) for part, names in found.items()}
 
-    def settings(self) -> Any:
-        """peft's settings."""
+    def layers_of(self, part: str, net: nn.Module) -> Iterator[str]:
+        """The names of a part's layers that an adapter can change to any effect."""
+        for name, layer in net.named_modules():
+            read = name.removeprefix("text_model.")
+            if isinstance(layer, nn.Linear | nn.Conv2d) and not read.startswith(self.family.unread(part)):
+                yield name
+
+    def settings(self, part: str) -> Any:
+        """peft's settings for a part."""
         rule = self.rule
         return self.peft.LoraConfig(
             r=rule.rank,
             lora_alpha=rule.rank if rule.alpha is None else rule.alpha,
-            target_modules=self.targets,
+            target_modules=self.targets[part],
             lora_dropout=rule.dropout,
             use_dora=rule.dora,
             use_rslora=rule.rslora,
         )
 
-    def build(self) -> nn.Module:
-        """The denoiser from its config file with adapters, holding random numbers."""
-        net: Any = self.family.build_denoiser()
-        net.requires_grad_(False)
-        net.add_adapter(self.settings(), NAME)
-        prepare(net, self.engine.attention, self.engine.gradient_checkpointing)
-        return net
+    def build(self) -> Parts:
+        """The parts from their config files with adapters, holding random numbers."""
+        nets: dict[str, Any] = {self.family.learns: self.family.build_denoiser(), **self.text_parts()}
+        for part, net in nets.items():
+            net.requires_grad_(False)
+            net.add_adapter(self.settings(part), NAME)
+        return self.assembled(**nets)
 
-    def weights(self) -> list[Path]:
-        """The denoiser's safetensors."""
-        return weight_files(self.family.folder, self.family.learns, self.family.model.variant)
+    def settle(self, parts: Parts) -> None:
+        """Put the frozen layers into few bits, if asked."""
+        if self.rule.base_bits is not None:
+            quantized.quantize(parts, self.rule.base_bits)
 
     def source_name(self, name: str) -> str:
         """peft puts a layer into another one, as its base_layer."""
@@ -84,11 +116,11 @@ class LoRA:
     def draw(self, seed: int) -> dict[str, Tensor]:
         """The adapters' start: A is drawn, B is 0, and DoRA's lengths are those of the layers."""
         with torch.device("meta"):
-            net = self.build()
+            parts = self.build()
         random = torch.Generator().manual_seed(seed)
         return {
             name: self.start_of(name, tuple(p.shape), random)
-            for name, p in net.named_parameters()
+            for name, p in parts.named_parameters()
             if p.requires_grad
         }
 
@@ -105,40 +137,38 @@ class LoRA:
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         return (torch.rand(shape, generator=random) * 2 - 1) * bound
 
-    def base_weight(self, name: str) -> Tensor:
-        """A tensor of the denoiser's files."""
-        for file in self.weights():
-            with safe_open(file, "pt") as tensors:
-                if name in tensors.keys():
-                    return tensors.get_tensor(name)
-        raise AssertionError(f"{name} is in no file")
-
-    def export(
-        self,
-        read: Callable[[str], Tensor],
-        folder: Path,
-        dtype: torch.dtype,
-        process: Mapping[str, Any],
-    ) -> None:
+    def export(self, trained: Trained, folder: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> None:
         """A file for diffusers' load_lora_weights, and kohya.safetensors for ComfyUI and A1111."""
-        with torch.device("meta"):
-            names = [name for name, p in self.build().named_parameters() if p.requires_grad]
-        tensors = {name.replace(f".{NAME}", ""): read(name).to(dtype).contiguous() for name in names}
-        # peft writes DoRA's lengths without the name of the tensor in its layer.
-        tensors = {re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name): t for name, t in tensors.items()}
-        settings = json.loads(json.dumps(self.settings().to_dict(), default=sorted))
-        settings = {name: value for name, value in settings.items() if value is not None}
-        parts = {f"{self.family.learns}_lora_layers": tensors}
-        parts[f"{self.family.learns}_lora_adapter_metadata"] = settings
+        told: dict[str, Any] = {}
+        whole: dict[str, Tensor] = {}
+        for part in self.targets:
+            # peft writes no name of the adapter, and DoRA's lengths without the name of the tensor.
+            mine = {
+                re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name.replace(f".{NAME}", "")): numbers
+                for name, numbers in trained.items()
+                if name.startswith(f"{part}.")
+            }
+            mine = {name: numbers.to(dtype).contiguous() for name, numbers in mine.items()}
+            whole |= mine
+            told[f"{part}_lora_layers"] = {name.removeprefix(f"{part}."): t for name, t in mine.items()}
+            settings = json.loads(json.dumps(self.settings(part).to_dict(), default=sorted))
+            told[f"{part}_lora_adapter_metadata"] = {
+                name: value for name, value in settings.items() if value is not None
+            }
         with quiet():
-            self.family.pipeline.save_lora_weights(folder, **parts, safe_serialization=True)
+            self.family.pipeline.save_lora_weights(folder, **told, safe_serialization=True)
+        base = self.family.model.weights
         facts = {
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(self.rule.rank),
             "ss_network_alpha": str(self.kohya_alpha()),
-            "ss_base_model": str(self.family.model.weights),
+            "ss_base_model": base if is_hub_id(base) and not Path(base).is_dir() else Path(base).name,
+            "ss_resolution": str(self.config.data.resolution),
+            "ss_base_model_version": self.family.facts.family,
         }
-        save_file(self.kohya(tensors), folder / "kohya.safetensors", facts)
+        if self.config.data.prompt is not None:
+            facts["modelspec.trigger_phrase"] = self.config.data.prompt
+        save_file(self.kohya(whole), folder / "kohya.safetensors", facts)
 
     def kohya(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under kohya's names, with the alpha that they ask for."""
@@ -147,7 +177,8 @@ class LoRA:
             layer, kind = re.fullmatch(
                 r"(.*)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name
             ).groups()  # type: ignore[union-attr]
-            key = "lora_unet_" + layer.replace(".", "_")
+            part, _, inner = layer.partition(".")
+            key = f"{self.kohya_part(part)}_{inner.removeprefix('text_model.').replace('.', '_')}"
             ends = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
             found[f"{key}.{ends.get(kind, 'dora_scale')}"] = tensor
             found[f"{key}.alpha"] = torch.tensor(self.kohya_alpha(), dtype=tensor.dtype)
@@ -158,9 +189,13 @@ class LoRA:
         alpha = float(self.rule.rank if self.rule.alpha is None else self.rule.alpha)
         return alpha * math.sqrt(self.rule.rank) if self.rule.rslora else alpha
 
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's answer, (B, c, h, w)."""
-        return self.family.predict(net, x_t, t, condition)
+    def kohya_part(self, part: str) -> str:
+        """What kohya's keys of a part begin with."""
+        if part not in self.text:
+            return "lora_unet"
+        number = str(self.text.index(part) + 1) if len(self.text) > 1 else ""
+        # Their layers are called as CLIP's checkpoints call them, whatever today's class does.
+        return f"lora_te{number}_text_model"
 
 
 def name_end(name: str) -> str:
@@ -169,8 +204,8 @@ def name_end(name: str) -> str:
     return ".".join(words[-2:] if words[-1].isdigit() else words[-1:])
 
 
-def matches(target: str, name: str) -> bool:
-    """Whether a target means a layer: a pattern of its whole name, or the end of it."""
+def matches(target: str, part: str, name: str) -> bool:
+    """Whether a target means a part's layer: a pattern of its whole name, or the end of it."""
     if target.startswith("re:"):
-        return re.fullmatch(target[3:], name) is not None
-    return name == target or name.endswith(f".{target}")
+        return any(re.fullmatch(target[3:], whole) is not None for whole in (name, f"{part}.{name}"))
+    return f".{part}.{name}".endswith(f".{target}")

@@ -1,4 +1,4 @@
-"""How the denoiser computes: its attention kernel, and what its backward pass keeps."""
+"""How a part that is trained computes: its attention kernel, and what its backward pass keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,20 @@ from sfumato.models.attention import set_attention
 
 
 def prepare(net: nn.Module, attention: str | None, checkpointing: bool) -> None:
-    """Choose the denoiser's attention kernel, and whether it recomputes activations in the backward pass.
+    """Choose a part's attention kernel, and whether it recomputes activations in the backward pass.
 
-    Raises UserError for an attention backend that diffusers does not know or cannot use here.
+    Text encoders keep their own kernel. Raises UserError for an attention backend that diffusers does not
+    know or cannot use here.
     """
+    model: Any = net
+    if not isinstance(net, diffusers.ModelMixin):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return
     if attention is not None:
         set_attention(net, attention)
     if checkpointing:
-        assert isinstance(net, diffusers.ModelMixin), f"{type(net).__name__} is not a diffusers model"
-        net.enable_gradient_checkpointing(recomputed)
+        model.enable_gradient_checkpointing(recomputed)
 
 
 def recomputed(module: Callable[..., Any], *inputs: Any) -> Any:

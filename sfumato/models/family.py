@@ -5,7 +5,7 @@ channels of h x w.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +22,14 @@ from sfumato.errors import UserError
 from sfumato.models.attention import probe
 from sfumato.models.folder import examine, read_json
 from sfumato.models.identity import fingerprint
-from sfumato.models.loading import frozen, quiet
+from sfumato.models.latents import check_finite, draw
+from sfumato.models.loading import frozen, module_dtype, quiet
+from sfumato.models.texts import Condition, Texts
 
-Condition = dict[str, Tensor]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-class Family:
+class Family(Texts):
     """The frozen parts of a model, how they encode, and how its denoiser is asked.
 
     `folder`: the weights as `folder.locate` found them. `dtype`: arithmetic of the text encoders.
@@ -37,17 +38,15 @@ class Family:
 
     pipeline: ClassVar[type[DiffusionPipeline]]
     """What is loaded, drawn with and exported."""
+    control_pipeline: ClassVar[type[DiffusionPipeline] | None] = None
+    """What draws with a ControlNet; None where diffusers has no such pipeline."""
     needs: ClassVar[tuple[str, ...]]
     """The folders that the family reads besides the denoiser's, the VAE's and the scheduler's."""
     denoiser_class: ClassVar[type[nn.Module]]
     learns: ClassVar[str] = "unet"
     """The part that is trained, by its name in the folder."""
-    encoders: ClassVar[tuple[str, ...]]
-    """The family's cached properties that hold tokenizers and text encoders, loaded at their first use."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Ends of the names of the layers that LoRA changes."""
-    size_and_crop: ClassVar[bool] = False
-    """Whether the condition holds the batch's size_and_crop."""
+    """Ends of the names of the denoiser's layers that LoRA changes."""
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class Family:
 
     def release(self) -> None:
         """Let go of the frozen parts; they are loaded again when they are needed."""
-        for name in ("vae", *self.encoders):
+        for name in ("vae", "tokenizers", "text_encoders"):
             self.__dict__.pop(name, None)
 
     def identity(self, images: bool) -> str:
@@ -110,16 +109,8 @@ class Family:
 
     # What a family must say.
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """Prompts -> tensors of B rows, to the bit what the pipeline's encode_prompt gives. No gradients."""
-        raise NotImplementedError
-
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's answer (B, c, h, w) to x_t (B, c, h, w) at timesteps t (B,), which stay fp32."""
-        raise NotImplementedError
-
-    def parts(self) -> dict[str, Any]:
-        """The pipeline's arguments besides denoiser, VAE and scheduler."""
+    def inputs(self, dtype: torch.dtype, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        """The denoiser's arguments for x_t (B, c, h, w) at timesteps t (B,), which stay fp32."""
         raise NotImplementedError
 
     def prompt_inputs(self, condition: Condition, null: Condition) -> dict[str, Tensor]:
@@ -130,6 +121,17 @@ class Family:
     def tiny(folder: Path, seed: int = 0) -> None:
         """Write the family's random toy twin as a diffusers folder."""
         raise NotImplementedError
+
+    # What does not depend on the kind of model.
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's answer (B, c, h, w) to x_t (B, c, h, w) at timesteps t (B,)."""
+        return net(**self.inputs(module_dtype(net), x_t, t, condition), return_dict=False)[0]
+
+    def parts(self) -> dict[str, Any]:
+        """The pipeline's arguments besides denoiser, VAE and scheduler."""
+        words = {part.replace("text_encoder", "tokenizer"): found for part, found in self.tokenizers.items()}
+        return {**words, **self.text_encoders}
 
     # Three image states: pixels -> moments -> latents.
 
@@ -163,47 +165,23 @@ class Family:
 
     # A batch for the objective.
 
-    @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
         """A batch -> latents (B, c, h, w) fp32 and its condition, in which dropped samples have the null one.
 
         Raises UserError that names the samples whose latents are not finite.
         """
+        return self.encode_images(batch), self.condition(batch)
+
+    @torch.no_grad()
+    def encode_images(self, batch: Batch) -> Tensor:
+        """A batch's latents (B, c, h, w) fp32. Raises UserError that names those that are not finite."""
         moments = batch.moments
         if moments is None:
             assert batch.pixels is not None, "a batch without pixels or moments"
             moments = self.safe_moments(batch.pixels)
         latents = self.latents(moments.to(self.device), batch.draws.posterior)
         check_finite(latents, batch.ids, str(self.vae_dtype).removeprefix("torch."))
-        return latents, self.condition(batch)
-
-    @torch.no_grad()
-    def condition(self, batch: Batch) -> Condition:
-        """The batch's captions encoded, the null condition in the rows that are dropped."""
-        if batch.text is not None:
-            found = {name: rows.to(self.device) for name, rows in batch.text.items()}
-        else:
-            dropped = batch.dropped.to(self.device)
-            null = self.null_condition()
-            found = {
-                name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), null[name], rows)
-                for name, rows in self.encode_prompts(batch.captions).items()
-            }
-        if self.size_and_crop:
-            found["size_and_crop"] = batch.size_and_crop.to(self.device)
-        return found
-
-    def null_condition(self) -> Condition:
-        """What the pipeline uses where there is no negative prompt, B = 1. Made once."""
-        return self._null
-
-    @cached_property
-    def _null(self) -> Condition:
-        return self.make_null()
-
-    def make_null(self) -> Condition:
-        """The encoding of the empty prompt, unless the family's pipeline does something else."""
-        return self.encode_prompts([""])
+        return latents
 
     # The denoiser and the pipeline around it.
 
@@ -221,14 +199,19 @@ class Family:
         for width in sorted({wide // count for wide, count in zip(channels, heads, strict=True)}):
             probe(backend, self.device, dtype, width)
 
-    def assemble(self, denoiser: nn.Module, process: Mapping[str, Any] = EMPTY) -> DiffusionPipeline:
+    def assemble(
+        self, denoiser: nn.Module, process: Mapping[str, Any] = EMPTY, controlnet: nn.Module | None = None
+    ) -> DiffusionPipeline:
         """The family's pipeline around a denoiser; the frozen parts are shared with it, not copied.
 
         `process`: what training changed of the scheduler's config, such as prediction_type.
         """
+        parts = {self.learns: denoiser, "vae": self.vae, "scheduler": self.scheduler(process)}
+        kind: Any = self.pipeline
+        if controlnet is not None:
+            kind, parts["controlnet"] = self.control_pipeline, controlnet
         with quiet():
-            parts = {self.learns: denoiser, "vae": self.vae, "scheduler": self.scheduler(process)}
-            pipeline = self.pipeline(**parts, **self.parts())
+            pipeline = kind(**parts, **self.parts())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -252,35 +235,3 @@ class Family:
             # DDIM would clip latents as if they were pixels.
             kind, settings = DDIMScheduler, {**settings, "clip_sample": False}
         return kind.from_config(settings)
-
-
-def draw(moments: Tensor, posterior: Tensor) -> Tensor:
-    """Mean and log-variance (B, 2c, h, w), unit noise (B, c, h, w) -> a sample of that Gaussian.
-
-    Of a mean alone, (B, c, h, w), the sample is the mean.
-    """
-    if moments.shape[1] == posterior.shape[1]:
-        return moments
-    mean, logvar = moments.chunk(2, dim=1)
-    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior  # clamped as diffusers' Gaussian is
-
-
-def check_width(folder: Path, what: str, gives: int, takes: Any) -> None:
-    """Raise UserError unless the denoiser takes conditions as wide as the text encoders give them."""
-    if any(width != gives for width in (takes if isinstance(takes, list) else [takes])):
-        found = f"the denoiser takes a {what} of width {takes}, the text encoders give {gives}"
-        raise UserError(
-            f"the weights {folder}", found, "use a denoiser and text encoders that belong together"
-        )
-
-
-def check_finite(latents: Tensor, ids: Tensor, dtype: str) -> None:
-    """Raise UserError that names the samples with latents that are not finite."""
-    good = torch.isfinite(latents).flatten(1).all(1)  # (B,)
-    if not bool(good.all()):
-        bad = ids[~good.to(ids.device)].tolist()
-        raise UserError(
-            f"latents of the samples {', '.join(map(str, bad))}",
-            f"the VAE, computing in {dtype}, gives numbers that are not finite",
-            'look at these pictures; if they are sound, set model.vae_dtype = "fp32"',
-        )

@@ -43,13 +43,11 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], count: int) -> tu
     return ids, mask
 
 
-def encode(tokenizer: CLIPTokenizer, encoder: Any, prompts: Sequence[str], count: int) -> Any:
-    """The encoder's whole answer for B * count windows, row by row; hidden_states are (B * count, 77, d)."""
-    ids, mask = (part.flatten(0, 1) for part in tokenize(tokenizer, prompts, count))
-    masked = getattr(encoder.config, "use_attention_mask", False)
+def answer(encoder: Any, ids: Tensor, mask: Tensor | None) -> Any:
+    """The encoder's whole answer for (B, count, 77) ids, row by row; hidden_states are (B * count, 77, d)."""
     return encoder(
-        ids.to(encoder.device),
-        attention_mask=mask.to(encoder.device) if masked else None,
+        ids.flatten(0, 1).to(encoder.device),
+        attention_mask=None if mask is None else mask.flatten(0, 1).to(encoder.device),
         output_hidden_states=True,
     )
 

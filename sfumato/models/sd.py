@@ -1,18 +1,24 @@
 """Stable Diffusion 1.x and 2.x: a U-Net and one CLIP encoder (arXiv:2112.10752)."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sfumato.models import prompts as text
-from sfumato.models.family import Condition, Family, check_width
-from sfumato.models.loading import frozen, module_dtype, quiet, tokenizer
+from sfumato.models.family import Family
+from sfumato.models.loading import quiet, tokenizer
+from sfumato.models.texts import Condition, check_width
 from sfumato.models.vocabulary import write_tokenizer
 
 
@@ -20,43 +26,27 @@ class StableDiffusion(Family):
     """The condition is {"context": (B, 77, d)}, or 154 or 231 tokens with longer prompt windows."""
 
     pipeline = StableDiffusionPipeline
+    control_pipeline = StableDiffusionControlNetPipeline
     needs = ("tokenizer", "text_encoder")
     denoiser_class = UNet2DConditionModel
-    encoders = ("tokenizer", "text_encoder")
+    text_classes: ClassVar = {"text_encoder": CLIPTextModel}
 
-    @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
-        """The folder's tokenizer."""
-        return tokenizer(self.folder / "tokenizer")
-
-    @cached_property
-    def text_encoder(self) -> CLIPTextModel:
-        """The folder's text encoder."""
-        encoder = frozen(
-            CLIPTextModel, self.folder / "text_encoder", self.model.variant, self.dtype, self.device
-        )
-        width = encoder.config.hidden_size
+    def check_widths(self, encoders: Mapping[str, Any]) -> None:
+        width = encoders["text_encoder"].config.hidden_size
         check_width(self.folder, "context", width, self.denoiser_config.get("cross_attention_dim"))
-        return encoder
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        count = text.windows(self.model.prompt_window)
-        hidden = text.encode(self.tokenizer, self.text_encoder, prompts, count)[0]  # (B * count, 77, d)
-        return {"context": text.join(hidden, count)}
+    def read(self, encoders: Mapping[str, Any], words: Condition) -> Condition:
+        ids, mask = words["text_encoder"], words.get("text_encoder mask")
+        hidden = text.answer(encoders["text_encoder"], ids, mask)[0]  # (B * count, 77, d)
+        return {"context": text.join(hidden, ids.shape[1])}
 
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        dtype = module_dtype(net)
-        return net(x_t.to(dtype), t, condition["context"].to(dtype), return_dict=False)[0]  # (B, c, h, w)
+    def inputs(self, dtype: torch.dtype, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        context = condition["context"].to(dtype)
+        return {"sample": x_t.to(dtype), "timestep": t, "encoder_hidden_states": context}
 
     def parts(self) -> dict[str, Any]:
-        return {
-            "tokenizer": self.tokenizer,
-            "text_encoder": self.text_encoder,
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
+        silent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return super().parts() | silent
 
     def prompt_inputs(self, condition: Condition, null: Condition) -> dict[str, Tensor]:
         return {"prompt_embeds": condition["context"], "negative_prompt_embeds": null["context"]}
@@ -118,7 +108,6 @@ def tiny_unet() -> dict[str, Any]:
         "attention_head_dim": (2, 4),
         "norm_num_groups": 8,
         "sample_size": 8,
-        "time_embedding_dim": 64,
         "use_linear_projection": True,
     }
 

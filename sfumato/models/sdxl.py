@@ -1,19 +1,25 @@
 """SDXL: a U-Net, two CLIP encoders, and the size and crop as conditions (arXiv:2307.01952)."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sfumato.models import prompts as text
-from sfumato.models.family import Condition, Family, check_width
-from sfumato.models.loading import frozen, module_dtype, quiet, tokenizer
+from sfumato.models.family import Family
+from sfumato.models.folder import read_json
+from sfumato.models.loading import quiet, tokenizer
 from sfumato.models.sd import tiny_clip, tiny_unet, tiny_vae
+from sfumato.models.texts import Condition, check_width
 from sfumato.models.vocabulary import write_tokenizer
 
 
@@ -25,43 +31,35 @@ class SDXL(Family):
     """
 
     pipeline = StableDiffusionXLPipeline
+    control_pipeline = StableDiffusionXLControlNetPipeline
     needs = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     denoiser_class = UNet2DConditionModel
-    encoders = ("tokenizers", "text_encoders")
+    text_classes: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     size_and_crop = True
 
-    @cached_property
-    def tokenizers(self) -> list[CLIPTokenizer]:
-        """The folder's two tokenizers."""
-        return [tokenizer(self.folder / part) for part in ("tokenizer", "tokenizer_2")]
-
-    @cached_property
-    def text_encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
-        """The folder's two text encoders."""
-        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        encoders = [
-            frozen(kind, self.folder / part, self.model.variant, self.dtype, self.device)
-            for part, kind in kinds.items()
-        ]
-        context = sum(encoder.config.hidden_size for encoder in encoders)
+    def check_widths(self, encoders: Mapping[str, Any]) -> None:
+        context = sum(encoder.config.hidden_size for encoder in encoders.values())
         check_width(self.folder, "context", context, self.denoiser_config.get("cross_attention_dim"))
         sizes = 6 * (self.denoiser_config.get("addition_time_embed_dim") or 0)
-        pooled = sizes + encoders[1].config.projection_dim
+        pooled = sizes + encoders["text_encoder_2"].config.projection_dim
         takes = self.denoiser_config.get("projection_class_embeddings_input_dim")
         check_width(self.folder, "pooled text with sizes", pooled, takes)
-        return encoders
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        count = text.windows(self.model.prompt_window)
+    def read(self, encoders: Mapping[str, Any], words: Condition) -> Condition:
+        count = words["text_encoder"].shape[1]
         first, second = (
-            text.encode(words, encoder, prompts, count)
-            for words, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+            text.answer(encoders[part], words[part], words.get(f"{part} mask")) for part in self.text_classes
         )
         layers = [answer.hidden_states[-2] for answer in (first, second)]
         hidden = torch.cat(layers, -1)  # (B * count, 77, d1 + d2)
         pooled = second.text_embeds.unflatten(0, (-1, count))[:, 0]  # (B, p)
         return {"context": text.join(hidden, count), "pooled": pooled}
+
+    def unread(self, part: str) -> tuple[str, ...]:
+        if part != "text_encoder":
+            return ()
+        last = read_json(self.folder / part / "config.json").get("num_hidden_layers", 12) - 1
+        return f"encoder.layers.{last}.", "final_layer_norm."
 
     def scaled(self, raw: Tensor) -> Tensor:
         vae = self.vae_config
@@ -70,28 +68,20 @@ class SDXL(Family):
         mean, std = (raw.new_tensor(part).view(-1, 1, 1) for part in (vae.latents_mean, vae.latents_std))
         return (raw - mean) * vae.scaling_factor / std
 
-    def make_null(self) -> Condition:
-        empty = super().make_null()
-        if self.facts.settings.get("force_zeros_for_empty_prompt", True):
-            return {name: torch.zeros_like(rows) for name, rows in empty.items()}
-        return empty
+    @property
+    def null_is_zero(self) -> bool:
+        return bool(self.facts.settings.get("force_zeros_for_empty_prompt", True))
 
-    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        dtype = module_dtype(net)
+    def inputs(self, dtype: torch.dtype, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         # Sizes stay fp32: bf16 would turn 257 pixels into 256 and 1155 into 1152.
         added = {"text_embeds": condition["pooled"].to(dtype), "time_ids": condition["size_and_crop"]}
         context = condition["context"].to(dtype)
-        return net(x_t.to(dtype), t, context, added_cond_kwargs=added, return_dict=False)[0]  # (B, c, h, w)
+        told = {"sample": x_t.to(dtype), "timestep": t, "encoder_hidden_states": context}
+        return told | {"added_cond_kwargs": added}
 
     def parts(self) -> dict[str, Any]:
-        return {
-            "tokenizer": self.tokenizers[0],
-            "tokenizer_2": self.tokenizers[1],
-            "text_encoder": self.text_encoders[0],
-            "text_encoder_2": self.text_encoders[1],
-            "force_zeros_for_empty_prompt": self.facts.settings.get("force_zeros_for_empty_prompt", True),
-            "add_watermarker": False,
-        }
+        flags = {"force_zeros_for_empty_prompt": self.null_is_zero, "add_watermarker": False}
+        return super().parts() | flags
 
     def prompt_inputs(self, condition: Condition, null: Condition) -> dict[str, Tensor]:
         return {

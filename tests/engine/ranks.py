@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 # A fork server imports these once; a rank then starts in milliseconds and still inherits nothing of the test.
-PRELOAD = ["torch", "deepspeed", "diffusers", "transformers", "tests.engine.ranks"]
+PRELOAD = [
+    *("sfumato.train", "sfumato.models.sd", "sfumato.models.sdxl", "peft", "tests.engine.ranks"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported late, with all of inductor
+]
 GRACE = 1.0  # seconds in which the rank that failed first may still report it
 
 
@@ -51,8 +54,7 @@ def run_ranks(
     Raises RankError as soon as one rank fails, or after `timeout` seconds; no process is left either way.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server()
     with tempfile.TemporaryDirectory() as scratch:
         port = free_port()
         ranks: list[Any] = []
@@ -78,6 +80,13 @@ def run_ranks(
                 process.join()
             for pipe in pipes:
                 pipe.close()
+
+
+def fork_server() -> Any:
+    """Starts processes that have the libraries at hand, and nothing else of ours."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def _collect(
@@ -147,6 +156,7 @@ def _stack(process: Any, scratch: Path, rank: int) -> str:
 def _rank(pipe: Connection, call: bytes, place: tuple[int, int, int, str, float, bool]) -> None:
     """What one rank does: take its place, call, send the value or the error."""
     rank, world, port, scratch, timeout, init = place
+    as_users_start_it()
     with open(Path(scratch) / f"stack-{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
         threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
@@ -166,6 +176,11 @@ def _rank(pipe: Connection, call: bytes, place: tuple[int, int, int, str, float,
         pipe.send(message)
     # A rank that waits for a failed one in a destructor would only delay the test.
     os._exit(0)
+
+
+def as_users_start_it() -> None:
+    """In a process of the fork server: start others as a process does that was not made by one."""
+    multiprocessing.set_start_method(None, force=True)
 
 
 def _call(call: bytes, rank: int, world: int, scratch: str, timeout: float, init: bool) -> Any:

@@ -41,7 +41,7 @@ def settings(place: Path, family: str = "sd", **changes: Any) -> dict[str, Any]:
         "batch_size": 4,
         "micro_batch_size": 2,
         "model": {"weights": str(place / family)},
-        "data": {"source": str(place / "pictures"), "resolution": 64, "flip": True, "workers": 1,
+        "data": {"source": str(place / "pictures"), "resolution": 64, "flip": True, "workers": 0,
                  "caption_dropout": 0.3, "store": str(place / "cache")},
         "optimizer": {"lr": 1e-3},
         "engine": {"precision": "fp32"},
@@ -58,6 +58,11 @@ def train_here(values: dict[str, Any]) -> Path:
     from sfumato.train import train
 
     return train(parse(values))
+
+
+def train_all(jobs: list[dict[str, Any]]) -> list[Path]:
+    """Several runs, one after another in the same ranks."""
+    return [train_here(values) for values in jobs]
 
 
 def tensors_of(run: Path, kind: str = "weight") -> dict[str, Tensor]:

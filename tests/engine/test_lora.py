@@ -1,5 +1,6 @@
 """LoRA: starts as the identity, learns alone, is the same at every stage, and stock pipelines load it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sfumato import methods, models
 from sfumato.config import parse
 from sfumato.engine import checkpoint
 from sfumato.errors import UserError
+from sfumato.models.quantized import quantize
 from tests.engine import runs, toys
 from tests.engine.ranks import run_ranks
 
@@ -73,7 +75,7 @@ def live(export: Path, weights: str = "weight") -> Any:
         if ".lora_A." in name:
             a = saved.whole(weights, name).double()
             b = saved.whole(weights, name.replace(".lora_A.", ".lora_B.")).double()
-            layer = layers[name.split(".lora_A.")[0]]
+            layer = layers[name.split(".lora_A.")[0].removeprefix("unet.")]
             layer.weight.data = (layer.weight.double() + scale * (b @ a)).float()
     return net
 
@@ -85,14 +87,15 @@ def test_it_starts_as_the_identity(place: Path, family: str, rule: str) -> None:
     part = models.load(config.model, torch.device("cpu"), torch.float32, torch.float32)
     method = methods.build(config, part)
     base = UNet2DConditionModel.from_pretrained(place / family / "unet")
-    net = method.build()
-    learns = {name for name, p in net.named_parameters() if p.requires_grad}
+    parts = method.build()
+    learns = {name for name, p in parts.named_parameters() if p.requires_grad}
     drawn = method.draw(7)
     assert drawn.keys() == learns and all("lora_" in name for name in learns)
     with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            parameter.copy_(drawn[name] if name in learns else base.get_parameter(method.source_name(name)))
-    torch.testing.assert_close(unet_answer(net), unet_answer(base), atol=1e-6, rtol=1e-5)
+        for name, parameter in parts.named_parameters():
+            source = method.source_name(name).removeprefix("unet.")
+            parameter.copy_(drawn[name] if name in learns else base.get_parameter(source))
+    torch.testing.assert_close(unet_answer(parts["unet"]), unet_answer(base), atol=1e-6, rtol=1e-5)
     assert any(bool(p.abs().sum()) for name, p in drawn.items() if "lora_A" in name)
     assert all(torch.equal(drawn[name], again) for name, again in method.draw(7).items())
     assert any(not torch.equal(drawn[name], other) for name, other in method.draw(8).items())
@@ -177,3 +180,69 @@ def test_a_target_that_matches_nothing_is_told(place: Path) -> None:
 def test_settings_that_cannot_be(place: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse(runs.settings(place) | changes)
+
+
+BITS = (8, 4)
+
+
+def test_over_a_base_of_few_bits(place: Path) -> None:
+    """It learns about what it learns over the whole base, and its step 0 is the packed base's."""
+    jobs = [
+        settings(place, "sd", "plain", f"bits-{bits}", engine__zero_stage=2, ema__enabled=False)
+        for bits in (None, *BITS)
+    ]
+    for job, bits in zip(jobs, (None, *BITS), strict=True):
+        job["method"]["base_bits"] = bits
+    whole, *packed = (runs.metrics(export.parent) for export in train(jobs))
+    for lines in packed:
+        losses = [line["loss"] for line in lines]
+        assert losses != [line["loss"] for line in whole]
+        assert losses == pytest.approx([line["loss"] for line in whole], rel=0.05)
+
+
+def linear_bytes(net: torch.nn.Module) -> int:
+    """The bytes of all frozen weights of layers that pack."""
+    return sum(
+        layer.weight.numel() * layer.weight.element_size()
+        for layer in net.modules()
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad and layer.in_features == 64
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_layers_compute_with_the_numbers_that_they_hold(place: Path, bits: int) -> None:
+    """Against layers of the same numbers unpacked by bitsandbytes; they take 1/4 or 1/8 of fp32's room."""
+    functional: Any = pytest.importorskip("bitsandbytes").functional
+    net = UNet2DConditionModel.from_pretrained(place / "sd" / "unet").requires_grad_(False).train()
+    before, plain = linear_bytes(net), {name: p.clone() for name, p in net.named_parameters()}
+    exact = unet_answer(net)
+    quantize(net, bits)
+    assert linear_bytes(net) == before * bits // 32
+    again = UNet2DConditionModel.from_pretrained(place / "sd" / "unet")
+    with torch.no_grad():
+        for name, layer in net.named_modules():
+            if type(layer).__name__ == "Linear4bit":
+                unpacked = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            elif type(layer).__name__ == "Linear8bitLt":
+                unpacked = layer.weight.CB.float() * layer.weight.SCB.view(-1, 1) / 127
+            else:
+                continue
+            again.get_parameter(f"{name}.weight").copy_(unpacked)
+    found, answer = unet_answer(net), unet_answer(again)
+    # LLM.int8 rounds its inputs to 8 bits as well.
+    assert (found - answer).abs().max() < (1e-4 if bits == 4 else 0.03)
+    assert 1e-3 < (found - exact).abs().max() < 0.5
+    assert all(torch.equal(p, plain[name]) for name, p in net.named_parameters() if p.dtype == torch.float32)
+
+
+def test_few_bits_without_the_package_or_at_stage_3(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = settings(place, "sd", "plain", "none")
+    asked["method"]["base_bits"] = 4
+    config = parse(asked)
+    part = models.load(config.model, torch.device("cpu"), torch.float32, torch.float32)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"sfumato\[bits\]"):
+        methods.build(config, part)
+    asked["engine"]["zero_stage"] = 3
+    with pytest.raises(UserError, match="take stage 2"):
+        parse(asked)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from sfumato.data.index import open_index
 from sfumato.engine import checkpoint
 from sfumato.errors import UserError
 from tests.engine import runs, toys
-from tests.engine.ranks import run_ranks
+from tests.engine.ranks import as_users_start_it, fork_server, free_port, run_ranks
 
 LIMIT = 150  # seconds for one run
 
@@ -34,48 +32,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(place: Path, world: int = 1, **changes: Any) -> Path:
     """Train in ranks of their own; the run's folder."""
-    values = runs.settings(place, **changes)
-    run_ranks(runs.train_here, world, values, timeout=LIMIT)
-    return Path(values["output"]) / values["name"]
+    return several(place, world, [changes])[0]
 
 
-def toml(values: dict[str, Any]) -> str:
-    """Nested tables as `key=value` words of the command line."""
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines += [f"{key}.{line}" for line in toml(value).splitlines()]
-        else:
-            text = (
-                str(value).lower()
-                if isinstance(value, bool)
-                else f'"{value}"'
-                if isinstance(value, str)
-                else value
-            )
-            lines.append(f"{key}={text}")
-    return "\n".join(lines)
+def several(place: Path, world: int, jobs: list[dict[str, Any]]) -> list[Path]:
+    """Some runs one after another in the same ranks, which saves their start; the runs' folders."""
+    values = [runs.settings(place, **changes) for changes in jobs]
+    run_ranks(runs.train_all, world, values, timeout=LIMIT)
+    return [Path(table["output"]) / table["name"] for table in values]
 
 
-def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
-    """`sfumato train` as a user starts it."""
-    (folder / "empty.toml").write_text("")
-    words = toml(values).splitlines()
-    command = [sys.executable, "-m", "sfumato", "train", str(folder / "empty.toml"), *words]
-    return subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def alone(values: dict[str, Any]) -> None:
+    """Train in a process group of its own, as a shell starts a command."""
+    os.setsid()
+    as_users_start_it()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(free_port())
+    runs.train_here(values)
 
 
-def killed_at(step: int, values: dict[str, Any], folder: Path) -> None:
-    """Start the command, and kill it with all that it started once `step` was logged."""
+def killed_at(step: int, values: dict[str, Any]) -> None:
+    """Start a run, and kill it with all that it started once `step` was logged."""
     run = Path(values["output"]) / values["name"]
-    process = start(values, folder)
+    process = fork_server().Process(target=alone, args=(values,))
+    process.start()
     end = time.monotonic() + LIMIT
     while not (run / "metrics.jsonl").exists() or not any(m["step"] >= step for m in whole_lines(run)):
-        assert process.poll() is None, f"it ended by itself with {process.returncode}"
+        assert process.exitcode is None, f"it ended by itself with {process.exitcode}"
         assert time.monotonic() < end, "it did not reach the step in time"
         time.sleep(0.02)
+    assert process.pid is not None
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join(10)
 
 
 def whole_lines(run: Path) -> list[dict[str, float]]:
@@ -85,13 +73,13 @@ def whole_lines(run: Path) -> list[dict[str, float]]:
         return []
 
 
-def test_t7_killed_twice_and_resumed_equals_never_stopped_to_the_bit(place: Path, tmp_path: Path) -> None:
+def test_t7_killed_twice_and_resumed_equals_never_stopped_to_the_bit(place: Path) -> None:
     changes = {"steps": 10, "checkpoint__every": 3, "data__workers": 2}
     straight = train(place, name="straight", **changes)
     values = runs.settings(place, name="killed", **changes)
-    killed_at(4, values, tmp_path)
-    killed_at(7, values, tmp_path)
-    assert start(values, tmp_path).wait(LIMIT) == 0
+    killed_at(4, values)
+    killed_at(7, values)
+    train(place, name="killed", **changes)
     stopped = Path(values["output"]) / "killed"
     for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         check_same_bits(runs.tensors_of(stopped, kind), runs.tensors_of(straight, kind))
@@ -107,8 +95,7 @@ def check_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
 
 def test_t7_catches_a_resume_that_starts_the_epoch_anew(place: Path) -> None:
     """The same steps over other samples, as when the order begins again after a restart."""
-    one = train(place, name="order", steps=2)
-    other = train(place, name="reordered", steps=2, seed=1)
+    one, other = several(place, 1, [{"name": "order", "steps": 2}, {"name": "other", "steps": 2, "seed": 1}])
     with pytest.raises(AssertionError, match="differ"):
         check_same_bits(runs.tensors_of(one), runs.tensors_of(other))
 
@@ -128,11 +115,11 @@ def test_one_run_over_other_stages_and_ranks(place: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_3_exports_what_zero_0_exports(place: Path, precision: str) -> None:
-    results = [
-        train(place, 2, name=f"{precision}-{stage}", engine__zero_stage=stage, engine__precision=precision,
-              micro_batch_size=1, steps=3)
+    results = several(place, 2, [
+        {"name": f"{precision}-{stage}", "engine__zero_stage": stage, "engine__precision": precision,
+         "micro_batch_size": 1, "steps": 3}
         for stage in ((0, 3) if precision == "fp32" else (1, 3))
-    ]  # fmt: skip
+    ])  # fmt: skip
     gap = toys.distance(runs.exported(results[1]), runs.exported(results[0]))
     assert gap < (1e-6 if precision == "fp32" else 1e-3)
 
@@ -159,12 +146,13 @@ def test_step_counts_and_records(place: Path) -> None:
 
 
 def test_from_scratch_is_the_same_at_every_stage(place: Path) -> None:
-    results = [
-        train(place, name=f"scratch-{stage}", engine__zero_stage=stage, model__from_scratch=True, steps=2)
+    results = several(place, 1, [
+        {"name": f"scratch-{stage}", "engine__zero_stage": stage, "model__from_scratch": True, "steps": 2}
         for stage in (1, 3)
-    ]
+    ])  # fmt: skip
     assert toys.distance(runs.tensors_of(results[1]), runs.tensors_of(results[0])) < 1e-6
     start = runs.load_file(place / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    start = {f"unet.{name}": numbers for name, numbers in start.items()}
     assert toys.distance(runs.tensors_of(results[0]), start) > 0.1, "it took the folder's weights"
 
 

@@ -43,7 +43,7 @@ def start_weights() -> dict[str, Tensor]:
 def start_file() -> WeightFiles:
     with tempfile.TemporaryDirectory() as folder:
         save_file(start_weights(), Path(folder) / "start.safetensors")
-        return WeightFiles([Path(folder) / "start.safetensors"])  # it stays open
+        return WeightFiles({"": [Path(folder) / "start.safetensors"]})  # it stays open
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

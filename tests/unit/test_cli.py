@@ -38,10 +38,10 @@ def test_presets_are_listed_with_their_sentences() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "sdxl-ful"], 'did you mean "sdxl-full"?'),
-        (["train", "sdxl-full", "data.resolutoin=3"], "did you mean data.resolution?"),
-        (["train", "sdxl-full", "--gpus", "2", "stps=3", "x.y=1"], "unknown key stps"),
-        (["check", "sdxl-full", "optimizer.lr=fast"], "optimizer.lr = 'fast'"),
+        (["train", "sdxl-train-bf1"], 'did you mean "sdxl-train-bf16"?'),
+        (["train", "sdxl-train-bf16", "data.resolutoin=3"], "did you mean data.resolution?"),
+        (["train", "sdxl-train-bf16", "--gpus", "2", "stps=3", "x.y=1"], "unknown key stps"),
+        (["check", "sdxl-train-bf16", "optimizer.lr=fast"], "optimizer.lr = 'fast'"),
     ],
 )
 def test_a_users_mistake(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,8 +54,8 @@ def test_a_users_mistake(words: list[str], message: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "sdxl-full", "--optimizer.lr=1"], "write settings without dashes: optimizer.lr=1"),
-        (["train", "sdxl-full", "--gpus", "0"], "less than 1"),
+        (["train", "sdxl-train-bf16", "--optimizer.lr=1"], "write settings without dashes: optimizer.lr=1"),
+        (["train", "sdxl-train-bf16", "--gpus", "0"], "less than 1"),
         (["train"], "required: config"),
         (["sample", "folder", "a prompt", "--what"], "unknown argument --what"),
         (["trian"], "invalid choice"),
@@ -81,7 +81,7 @@ def test_gpus_inside_a_launcher_is_refused(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["train", "sdxl-full", "--gpus", "2"]) == 2
+    assert cli.main(["train", "sdxl-train-bf16", "--gpus", "2"]) == 2
     assert "leave --gpus out" in capsys.readouterr().err
 
 

@@ -86,15 +86,15 @@ class LastLayer(nn.Module):
 
 
 def last_layer(part: Family) -> None:
-    part.text_encoders = [LastLayer(encoder) for encoder in part.text_encoders]  # type: ignore[attr-defined]
+    part.text_encoders = {name: LastLayer(encoder) for name, encoder in part.text_encoders.items()}
 
 
 def swapped_encoders_padding(part: Family) -> None:
-    part.tokenizers = part.tokenizers[::-1]  # type: ignore[attr-defined]
+    part.tokenizers = dict(zip(part.tokenizers, [*part.tokenizers.values()][::-1], strict=True))
 
 
 def pooled_without_projection(part: Family) -> None:
-    part.text_encoders[1].text_projection = nn.Identity()  # type: ignore[attr-defined]
+    part.text_encoders["text_encoder_2"].text_projection = nn.Identity()
 
 
 @pytest.mark.parametrize("spoil", [last_layer, swapped_encoders_padding, pooled_without_projection])
@@ -107,13 +107,12 @@ def test_the_check_catches_a_wrong_sdxl_encoding(spoil: Callable[[Family], None]
 
 def test_the_check_catches_another_layer_and_padding_in_sd() -> None:
     part, right = load(twin("sd")), answers(stock(twin("sd")), PROMPTS[:3])[0]
-    encoder = part.text_encoder  # type: ignore[attr-defined]
-    count = text.windows(77)
-    found = text.encode(part.tokenizer, encoder, PROMPTS[:3], count)  # type: ignore[attr-defined]
+    encoder = part.text_encoders["text_encoder"]
+    found = text.answer(encoder, part.words(PROMPTS[:3])["text_encoder"], None)
     check_same({"context": found[0]}, right)
     with pytest.raises(AssertionError, match="differs"):
         check_same({"context": found.hidden_states[-1]}, right)
-    part.tokenizer.pad_token = "!"  # type: ignore[attr-defined]
+    part.tokenizers["text_encoder"].pad_token = "!"
     with pytest.raises(AssertionError, match="differs"):
         check_same(part.encode_prompts(PROMPTS[:3]), right)
 
@@ -158,7 +157,7 @@ def check_every_word_is_read(ids: Tensor, words: Sequence[int], tokenizer: Any) 
 
 @pytest.mark.parametrize("length", [0, 1, 74, 75, 76, 149, 150, 151, 224, 225])
 def test_windows_cut_nothing_that_fits(length: int) -> None:
-    for part in (family("sd").tokenizer, *family("sdxl").tokenizers):  # type: ignore[attr-defined]
+    for part in (*family("sd").tokenizers.values(), *family("sdxl").tokenizers.values()):
         prompt = " ".join(["cat"] * length)
         words = part(prompt, add_special_tokens=False).input_ids
         assert len(words) == length
@@ -168,7 +167,7 @@ def test_windows_cut_nothing_that_fits(length: int) -> None:
 
 
 def test_the_window_check_catches_words_lost_at_the_seam() -> None:
-    part = family("sd").tokenizer  # type: ignore[attr-defined]
+    part = family("sd").tokenizers["text_encoder"]
     words = part(" ".join(f"{n}" for n in range(100)), add_special_tokens=False).input_ids[:150]
     ids = text.tokenize(part, [part.decode(words)], 2)[0][0]
     ids[1, 1:-1] = ids[1, 1:-1].roll(-1)

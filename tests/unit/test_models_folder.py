@@ -212,8 +212,9 @@ def test_a_variant_is_loaded_whole(tmp_path: Path) -> None:
 def test_shards_as_diffusers_and_transformers_write_them(variant: str | None, tmp_path: Path) -> None:
     part = load(twin("sd"))
     part.build_denoiser().save_pretrained(tmp_path / "unet", max_shard_size="1MB", variant=variant)
-    part.text_encoder.save_pretrained(tmp_path / "text_encoder", max_shard_size="1MB", variant=variant)  # type: ignore[attr-defined]
-    for component, whole in (("unet", part.build_denoiser()), ("text_encoder", part.text_encoder)):  # type: ignore[attr-defined]
+    encoder = part.text_encoders["text_encoder"]
+    encoder.save_pretrained(tmp_path / "text_encoder", max_shard_size="1MB", variant=variant)
+    for component, whole in (("unet", part.build_denoiser()), ("text_encoder", encoder)):
         files = weight_files(tmp_path, component, variant)
         assert len(files) > 1
         names = [name for file in files for name in load_file(file)]

@@ -1,0 +1,122 @@
+"""From a TOML file and the command line to a Config, or to one message with every mistake."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from sfumato.config.run import Config
+from sfumato.errors import UserError
+
+PRESETS = Path(__file__).parents[1] / "presets"
+KINDS = {"method", "timesteps", "weight"}
+"""Settings that are a table of one of several kinds."""
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, or a preset by its name, apply `key=value` overrides and check everything.
+
+    Raises UserError with every mistake found, each with its place and, for a misspelt key, the nearest
+    right one.
+    """
+    path = find(source)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the config {path}", f"it is not valid TOML: {error}", "mend that line") from None
+    if set(values) == {"sample"}:
+        raise UserError(f"the config {path}", "it says what to draw", f"sfumato sample {source}")
+    for override in overrides:
+        set_value(values, override)
+    return parse(values, str(path))
+
+
+def find(source: str | Path) -> Path:
+    """The file of a config path or a preset name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    preset = PRESETS / f"{source}.toml"
+    if preset.is_file():
+        return preset
+    names = sorted(file.stem for file in PRESETS.glob("*.toml"))
+    near = difflib.get_close_matches(str(source), names, 1)
+    hint = f'did you mean "{near[0]}"?' if near else f"presets: {', '.join(names)}"
+    raise UserError(f"the config {source}", "no such file, and no preset of that name", hint)
+
+
+def set_value(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=value` to nested tables; the value is TOML, or a plain string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"the override {override!r}", "it has no key=value form", "write for example seed=7")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, leaf = key.strip().split(".")
+    for table in tables:
+        if table in KINDS and isinstance(values.get(table), str):
+            values[table] = {"kind": values[table]}
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UserError(
+                f"the override {override!r}", f'"{table}" holds a value, not a table', "name a setting"
+            )
+    values[leaf] = value
+
+
+def parse(values: dict[str, Any], where: str = "the config") -> Config:
+    """Turn nested dictionaries into a Config, or raise one UserError that lists every mistake."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [describe(problem) for problem in error.errors()]
+    raise UserError(
+        where, "\n       ".join(lines), "correct these settings; docs/config.md lists them all"
+    ) from None
+
+
+def describe(problem: Any) -> str:
+    """One line for one of pydantic's problems, naming the setting as the user writes it."""
+    place = [str(part) for part in problem["loc"]]
+    # Where a kind decides, pydantic names it besides: method.lora.rank is the user's method.rank.
+    said = [word for before, word in zip(["", *place], place, strict=False) if before not in KINDS]
+    setting = ".".join(said) or "the file"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1], known_keys(place[:-1]), 1, cutoff=0.5)
+        return f"unknown key {setting}" + (
+            f"; did you mean {'.'.join([*said[:-1], near[0]])}?" if near else ""
+        )
+    if problem["type"] == "missing":
+        return f"{setting} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return message if problem["type"] == "value_error" else f"{setting} = {problem['input']!r}: {message}"
+
+
+def known_keys(tables: Sequence[str]) -> list[str]:
+    """The keys that may stand in a table, named by its path; [] where anything may."""
+    section: type[BaseModel] = Config
+    words = list(tables)
+    while words:
+        field = section.model_fields.get(words.pop(0))
+        several = tables_of(field.annotation) if field is not None else []
+        if len(several) > 1 and words:  # pydantic names the kind after the setting: method.lora.rank
+            kind = words.pop(0)
+            several = [table for table in several if kind in get_args(table.model_fields["kind"].annotation)]
+        if words and words[0].isdigit():
+            words.pop(0)
+        if len(several) != 1:
+            return []
+        section = several[0]
+    return list(section.model_fields)
+
+
+def tables_of(annotation: Any) -> list[type[BaseModel]]:
+    """The tables that a setting may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for part in get_args(annotation) for table in tables_of(part)]

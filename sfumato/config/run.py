@@ -1,0 +1,138 @@
+"""A whole run."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from sfumato.config.data import Data
+from sfumato.config.method import ControlNet, Full, LoRA, Model, TextualInversion
+from sfumato.config.objective import Objective
+from sfumato.config.section import Section, named
+from sfumato.config.training import Checkpoint, Ema, Engine, Export, Log, Optimizer, Preview
+from sfumato.errors import UserError
+
+Method = Full | LoRA | ControlNet | TextualInversion
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder is output/name."""
+    output: Path = Path("runs")
+    """Where run folders are made."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """With the data and this number every random draw of the run is fixed."""
+    steps: int = Field(ge=1)
+    """Applied optimizer steps, in all."""
+    batch_size: int = Field(ge=1)
+    """Samples per optimizer step over all ranks."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Samples per forward pass on one rank; the rest is accumulated."""
+    model: Model
+    method: Annotated[Method, Field(discriminator="kind")] = Full()
+    """What learns."""
+    data: Data
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    engine: Engine = Engine()
+    ema: Ema = Ema()
+    checkpoint: Checkpoint = Checkpoint()
+    preview: Preview = Preview()
+    log: Log = Log()
+    export: Export = Export()
+
+    _named = field_validator("method", mode="before")(named("full"))
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.output / self.name
+
+    def peak_lr(self, parameter: str = "") -> float:
+        """The learning rate of a parameter after warm-up, by its name."""
+        own = self.optimizer.text_encoder_lr if parameter.startswith("text_encoder") else None
+        lr = self.optimizer.lr if own is None else own
+        return lr * (self.batch_size if self.optimizer.scale_lr else 1)
+
+    @property
+    def learns_text(self) -> bool:
+        """Whether the run's text encoders are in the forward pass of what learns."""
+        return self.method.kind == "textual_inversion" or getattr(self.method, "text_encoders", False)
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per rank and optimizer step on `world` ranks; UserError if it is not whole."""
+        share = self.micro_batch_size * world
+        if self.batch_size % share:
+            raise UserError(
+                f"batch_size = {self.batch_size}, micro_batch_size = {self.micro_batch_size}, {world} ranks",
+                f"one pass over all ranks takes {share} samples, which does not divide {self.batch_size}",
+                f"set batch_size to a multiple of {share}, or take a smaller micro_batch_size",
+            )
+        return self.batch_size // share
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = "
+                f"{self.micro_batch_size}; choose a micro_batch_size that divides it"
+            )
+        if self.optimizer.text_encoder_lr is not None and not self.learns_text:
+            raise ValueError("optimizer.text_encoder_lr is set, but no text encoder learns")
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than steps = {self.steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method(self) -> "Config":
+        kind = self.method.kind
+        if self.method.kind == "lora" and self.method.dora and self.engine.zero_stage == 3:
+            raise ValueError(
+                "method.dora measures whole layers, which engine.zero_stage = 3 cuts up; take stage 2 or less"
+            )
+        if self.method.kind == "lora" and self.method.base_bits and self.engine.zero_stage == 3:
+            raise ValueError(
+                f"method.base_bits = {self.method.base_bits} packs whole layers, which engine.zero_stage = 3 "
+                "cuts up; take stage 2 or less"
+            )
+        if kind != "full" and self.model.from_scratch:
+            raise ValueError(f'method.kind = "{kind}" learns beside given weights; unset model.from_scratch')
+        if kind == "controlnet" and not all(part.conditioning_column for part in self.data.layouts):
+            raise ValueError('method.kind = "controlnet" needs second images: set data.conditioning_column')
+        if self.learns_text and self.data.cache in ("captions", "both"):
+            raise ValueError(
+                f'data.cache = "{self.data.cache}" reads what the text encoders said before they learned; '
+                'set data.cache = "images" or "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _preview(self) -> "Config":
+        prompts, conditions = len(self.preview.prompts), len(self.preview.conditions)
+        if conditions and self.method.kind != "controlnet":
+            raise ValueError('preview.conditions are for method.kind = "controlnet"')
+        if self.method.kind == "controlnet" and prompts and conditions not in (1, prompts):
+            raise ValueError(
+                f"preview.prompts are {prompts}, preview.conditions {conditions}; "
+                "give one image for all, or one for each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prior(self) -> "Config":
+        data = self.data
+        if data.prior is not None and self.batch_size % 2:
+            raise ValueError(
+                f"batch_size = {self.batch_size}, of which data.prior takes half; give an even number"
+            )
+        if data.prior is not None and self.method.kind == "textual_inversion":
+            raise ValueError("data.prior teaches a new word nothing; unset it, or take another method.kind")
+        if data.prior is not None and (data.buckets is not None or len(data.resolutions) > 1):
+            raise ValueError(
+                "data.prior draws squares of one size; unset data.buckets, and give one resolution"
+            )
+        return self

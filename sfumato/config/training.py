@@ -1,0 +1,134 @@
+"""How the weights move, on what, and what a run keeps and tells."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from sfumato.config.section import Section
+
+
+class Optimizer(Section):
+    """How the weights move. Everything here counts applied optimizer steps."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """"sgd" is without momentum: one step is the gradient times lr, which is what checks want."""
+    lr: float = Field(1e-5, ge=0)
+    """Peak learning rate."""
+    text_encoder_lr: float | None = Field(None, ge=0)
+    """Peak learning rate of text encoders that learn; unset: lr."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's averages of the gradient and of its square."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's guard against division by zero."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """The gradient's global norm is cut to this; 0 does not clip."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    """The learning rate after the warm-up, over the rest of `steps`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear rise from lr / warmup_steps to lr."""
+    cycles: int = Field(1, ge=1)
+    """Restarts of "cosine_with_restarts"."""
+    power: float = Field(1.0, gt=0)
+    """Exponent of "polynomial"."""
+    scale_lr: bool = False
+    """Multiply lr by the global batch size."""
+
+
+class Fp16(Section):
+    """DeepSpeed's dynamic loss scale; used with precision = "fp16" only."""
+
+    initial_scale_power: int = Field(16, ge=0)
+    """The scale starts at 2 to this power."""
+    loss_scale: float = Field(0.0, ge=0)
+    """A fixed scale; 0 is dynamic."""
+    loss_scale_window: int = Field(1000, ge=1)
+    """Good steps after which the scale doubles."""
+    hysteresis: int = Field(2, ge=1)
+    """Overflows before the scale halves."""
+    min_loss_scale: float = Field(1.0, gt=0)
+    """The scale goes no lower."""
+
+
+class Engine(Section):
+    """How DeepSpeed holds and moves the numbers."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded over the ranks: 1 optimizer states, 2 and gradients, 3 and weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the trained part; the optimizer always holds fp32 weights. fp16 needs a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a quarter more arithmetic."""
+    attention: str | None = None
+    """A diffusers attention backend such as "native", "flash" or "_native_npu"; unset: diffusers chooses."""
+    fp16: Fp16 = Fp16()
+    """Loss scaling."""
+    timeout: float = Field(1800, gt=0)
+    """Seconds that a rank waits for the others before the run ends with an error."""
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed's own keys, passed on as they are; one that contradicts a setting of ours is refused."""
+
+
+class Ema(Section):
+    """A moving average of the fp32 weights, kept in shards beside the optimizer's states."""
+
+    enabled: bool = False
+    """Keep the average; the export then holds it."""
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Share of the old average that stays at each applied step."""
+    warmup: bool = True
+    """Limit the decay at step s to (1 + s) / (10 + s), so that the average forgets the start."""
+
+
+class Checkpoint(Section):
+    """What a run keeps so that it can go on."""
+
+    every: int = Field(500, ge=1)
+    """Applied steps between two checkpoints; the last step always has one."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest stay."""
+    export: bool = True
+    """Put into each what its users load, so that it can be drawn with."""
+
+
+class Preview(Section):
+    """Pictures of fixed prompts and seeds, drawn while training."""
+
+    prompts: tuple[str, ...] = ()
+    """One picture each; none: no previews."""
+    conditions: tuple[str, ...] = ()
+    """For a ControlNet: the conditioning image of each prompt, or one for all."""
+    every: int = Field(500, ge=1)
+    """Applied steps between two sets of pictures."""
+    seed: int = Field(0, ge=0)
+    """Where every picture's noise starts, the same each time."""
+    steps: int = Field(25, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(5.0, ge=0)
+    """Weight of classifier-free guidance; 1 and less is without."""
+
+
+class Log(Section):
+    """What is said while training."""
+
+    every: int = Field(1, ge=1)
+    """Applied steps between two lines of metrics.jsonl; each line is a mean over that many."""
+
+
+class Export(Section):
+    """The trained model as its users load it."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the exported weights."""
+    push_to_hub: str | None = Field(None, pattern=r"^[^/\s]+/[^/\s]+$")
+    """A repository of the Hugging Face hub, "owner/name", to which the export goes at the end of a run. It is
+    made if it is not there; a run whose upload fails is none the worse."""
+    private: bool = False
+    """Make that repository a private one."""
+
+    @model_validator(mode="after")
+    def _uploaded(self) -> "Export":
+        if self.private and self.push_to_hub is None:
+            raise ValueError("export.private is for an upload; set export.push_to_hub")
+        return self
