@@ -1,12 +1,15 @@
-"""A run's checkpoints side by side: the base, then each step, a row for every prompt and seed."""
+"""A run's checkpoints side by side: what was given, the base, each step; a row for every prompt and seed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sfumato.drawing import sources
 from sfumato.drawing.grid import grid
+from sfumato.drawing.inputs import read
 from sfumato.drawing.pictures import Album, Drawing, labels
 from sfumato.drawing.request import Shot
 
@@ -49,5 +52,17 @@ def draw_columns(
     texts = labels(rows)
     if len({drawing.seed for drawing in rows}) > 1:
         texts = [f"{text}, seed {drawing.seed}" for text, drawing in zip(texts, rows, strict=True)]
-    cells = [column[place].image for place in range(len(rows)) for column in found]
-    return [*paths, Album(out).add_sheet(grid(cells, texts, [label for label, _ in columns]))]
+    given = {role: pictures_of(found[-1], role) for role in ("image", "condition")}
+    sheets = [several for several in given.values() if several]
+    sheets += [[drawing.image for drawing in column] for column in found]
+    heads = [role for role, several in given.items() if several] + [label for label, _ in columns]
+    cells = [sheet[place] for place in range(len(rows)) for sheet in sheets]
+    return [*paths, Album(out).add_sheet(grid(cells, texts, heads))]
+
+
+def pictures_of(drawings: Sequence[Drawing], role: str) -> list[Image.Image]:
+    """The pictures that drawings were given in a role; [] unless each has one."""
+    given = [getattr(drawing.shot, role) for drawing in drawings]
+    if any(picture is None for picture in given):
+        return []
+    return [read(picture).convert("RGB") for picture in given]

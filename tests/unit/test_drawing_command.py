@@ -84,8 +84,15 @@ def test_a_folder_and_a_run(toys: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "resolved.json").write_text(json.dumps({"model": {"prompt_window": 150}}))
-    with pytest.raises(UserError, match="no export yet"):
+    with pytest.raises(UserError, match="holds an export"):
         sample(asked(toys, model=str(run), out=tmp_path / "out"))
+    for step in (
+        "step-000300",
+        "step-001000",
+    ):  # a run that was stopped is drawn with by its newest checkpoint
+        (run / "checkpoints" / step).mkdir(parents=True)
+        (run / "checkpoints" / step / "export").symlink_to(toys / "base")
+    assert sources.find_model(run).folder == run / "checkpoints" / "step-001000" / "export"
     (run / "export").symlink_to(toys / "base")
     found = sources.find_model(run)
     assert (found.folder, found.prompt_window, found.kind) == (run / "export", 150, "full")
