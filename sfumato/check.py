@@ -52,8 +52,9 @@ class Plan:
     def lines(self) -> Iterator[tuple[str, str]]:
         """Pairs of a heading and what is planned."""
         config, facts = self.config, self.facts
-        size = f", {self.parameters / 1e6:,.1f} M weights" if self.parameters else ""
-        yield "model", f"{facts.family} from {facts.folder}: {learned(facts.components)}{size}"
+        yield "model", f"{facts.family} from {facts.folder}"
+        size = f", {self.parameters:,} numbers learn" if self.parameters else ""
+        yield "method", f"{config.method.kind}{size}"
         yield from self.data_lines()
         yield (
             "batch",
@@ -219,7 +220,10 @@ def check_method(config: Config, facts: Facts | None, index: Index | None) -> in
     if config.method.kind == "full":
         if config.model.from_scratch:
             return None
-        return count(weight_files(facts.folder, learned(facts.components), config.model.variant))
+        text = [part for part in facts.needs if config.learns_text and part.startswith("text_encoder")]
+        parts = [learned(facts.components), *text]
+        files = [weight_files(facts.folder, part, config.model.variant) for part in parts]
+        return count([file for several in files for file in several])
     if index is None:
         return None
     from sfumato.methods import METHODS  # diffusers takes seconds, and Full has nothing to say

@@ -157,7 +157,7 @@ def word_of(file: Path, facts: dict[str, Any], asked: str) -> str:
     """The word that a file's vectors belong to: as sfumato.json says, or the file's own remarks."""
     with safe_open(file, "pt") as tensors:
         remarks = tensors.metadata() or {}
-    word = facts.get("token") or facts.get("word") or remarks.get("token")
+    word = facts.get("token") or facts.get("word") or remarks.get("token") or remarks.get("word")
     if not isinstance(word, str):
         raise UserError(asked, "no file says which word it is", 'write "token" into sfumato.json')
     return word

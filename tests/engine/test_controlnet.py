@@ -164,3 +164,21 @@ def test_what_cannot_be_is_told_before_work(place: Path) -> None:
     values["data"].pop("conditioning_column")
     with pytest.raises(UserError, match="conditioning_column"):
         parse(values)
+
+
+def test_stopped_and_resumed_is_never_stopped_to_the_bit(place: Path) -> None:
+    """On one rank, with the average: a ControlNet, and a new word's vectors."""
+    word = {"kind": "textual_inversion", "word": "<w>", "like": "cat"}
+    jobs = []
+    for method in ({"kind": "controlnet"}, word):
+        for name, steps in (("straight", 4), ("halves", 2), ("halves", 4)):
+            values = settings(place, f"{method['kind']}-{name}", optimizer__lr=1e-2, steps=steps)
+            values["data"]["caption_prefix"] = "<w>, "
+            jobs.append(values | {"method": method})
+    found = train(jobs)
+    for straight, resumed in ((found[0], found[2]), (found[3], found[5])):
+        for kind in ("weight", "ema", "exp_avg"):
+            one, other = runs.tensors_of(straight, kind), runs.tensors_of(resumed, kind)
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        losses = [[line["loss"] for line in runs.metrics(run)] for run in (straight, resumed)]
+        assert losses[0] == losses[1] and len(losses[0]) == 4
