@@ -161,12 +161,12 @@ def test_t14_masters_start_from_the_fp32_weights_and_small_steps_count() -> None
     stages = {"engine__precision": "bf16", "micro_batch_size": 4}
     small = stages | {"optimizer__name": "adamw", "optimizer__lr": 1e-6}
     jobs = [(toys.config(engine__zero_stage=stage, **stages), 0) for stage in (1, 2, 3)]
-    jobs += [(toys.config(engine__zero_stage=stage, **small), 20) for stage in (1, 2, 3)]
+    jobs += [(toys.config(engine__zero_stage=stage, **small), 5) for stage in (1, 2, 3)]
     results = [toys.joined(result) for result in toys.on_ranks(2, jobs)]
     for start, after in zip(results[:3], results[3:], strict=True):
         check_masters(start, 0)
         still = sum(int((after[n] == start[n]).sum()) for n in start) / sum(t.numel() for t in start.values())
-        assert still < 0.01, f"{still:.1%} of the masters did not move in 20 steps"
+        assert still < 0.01, f"{still:.1%} of the masters did not move in 5 steps"
 
 
 def check_masters(masters: dict[str, Tensor], bound: float) -> None:
@@ -280,9 +280,9 @@ def skipped(settings: Any, bad_step: int, steps: int) -> dict[str, Any]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(precision: str) -> None:
     every = [
-        toys.config(engine__zero_stage=stage, engine__precision=precision, micro_batch_size=2,
-                    optimizer__name="adamw", optimizer__lr=1e-3, optimizer__schedule="linear",
-                    ema__enabled=True)
+        toys.config(engine__zero_stage=stage, engine__precision=precision,
+                    micro_batch_size=2 if precision == "fp32" else 4, optimizer__name="adamw",
+                    optimizer__lr=1e-3, optimizer__schedule="linear", ema__enabled=True)
         for stage in range(4)
     ]  # fmt: skip
     planted = [list(r) for r in zip(*run_ranks(all_skipped, 2, every, 2, 4, timeout=200), strict=True)]

@@ -200,7 +200,11 @@ def test_every_option_reaches_the_request() -> None:
 
     parser = argparse.ArgumentParser()
     sampling_options(parser)
-    told = {action.dest for action in parser._actions} - {"help", "gpus"}
+    told = {action.dest for action in parser._actions} - {
+        "help",
+        "gpus",
+        "instead",
+    }  # grammar.parse takes that
     elsewhere = {
         "lora": "loras", "steps": "", "guidance": "", "guidance_rescale": "", "size": "", "negative": "",
         "scheduler": "", "batch": "", "strength": "", "control_scale": "",
