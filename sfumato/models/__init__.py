@@ -1,7 +1,6 @@
 """Families of models: a family is one file of this folder, found by its name."""
 
 import importlib
-import logging
 from typing import TYPE_CHECKING
 
 from sfumato import config
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
     from sfumato.models.family import Family
 
 __all__ = ["families", "family_class", "load"]
-
-# diffusers and peft import it where it is installed, used or not; it says which of its kernels are missing.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def family_class(name: str) -> "type[Family]":
