@@ -133,7 +133,9 @@ def write(
     # Modules are born with random numbers, and a run may draw from the same generator.
     with torch.random.fork_rng(devices=[]):
         method = methods.build(config, family)
-        method.export(Weights(saved, facts["weights"]), folder, DTYPES[facts["dtype"]], process)
+        weights = Weights(saved, facts["weights"])
+        method.export(weights, folder, DTYPES[facts["dtype"]], process)
+    assert not weights.unread, f"the export left out {sorted(weights.unread)[:3]}"
     for file in folder.rglob("*config.json"):
         forget_origin(file)
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -198,8 +200,10 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, saved: checkpoint.Saved, kind: str) -> None:
         self.saved, self.kind = saved, kind
+        self.unread = set(saved.parameters)
 
     def __getitem__(self, name: str) -> Tensor:
+        self.unread.discard(name)
         return self.saved.whole(self.kind, name)
 
     def __iter__(self) -> Iterator[str]:
