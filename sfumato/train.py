@@ -115,7 +115,6 @@ def preview(engine: Engine, method: Method, objective: Objective) -> None:
             asked,
             Sampling(steps=wanted.steps, guidance=wanted.guidance, size=max(config.data.resolutions)),
             family=family,
-            control=getattr(pipeline, "controlnet", None),
             model=f"{config.name}, step {engine.step_count}",
             rank=engine.ranks.rank,
             world=engine.ranks.world,
