@@ -126,7 +126,9 @@ class Saved:
             ) from None
         if self.state["format"] != FORMAT:
             raise UserError(
-                f"the checkpoint {path}", f"its format is {self.state['format']}", "use that version"
+                f"the checkpoint {path}",
+                f"its format is {self.state['format']}, this version reads {FORMAT}",
+                "go on with the version that wrote it, or start a run of another name",
             )
         self.step: int = self.state["step"]
         self.parameters: dict[str, list[int]] = self.state["parameters"]
