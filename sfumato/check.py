@@ -19,7 +19,8 @@ from sfumato.config import Config, Data
 from sfumato.data.buckets import Cells, reason
 from sfumato.data.index import Index, open_index
 from sfumato.engine.ds_keys import check_nested_keys, deepspeed_faults
-from sfumato.engine.size import checkpoint_bytes, count
+from sfumato.engine.published import checkpoints_in
+from sfumato.engine.size import checkpoint_bytes, count, kept_at_once, snapshot_bytes
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine, learned, weight_files
 from sfumato.prior import Pictures
@@ -67,6 +68,8 @@ class Plan:
         yield "numbers", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"
         room = checkpoint_bytes(config, facts, self.parameters or 0)
         yield "folder", f"{config.folder}" + (f" (a checkpoint takes {room / 1e9:,.2f} GB)" if room else "")
+        if there := checkpoints_in(config.folder):
+            yield "resume", f"from {there[-1].name}, or from the one before if that is not whole"
 
     def data_lines(self) -> Iterator[tuple[str, str]]:
         """What is known of the images."""
@@ -270,7 +273,7 @@ def check_objective(config: Config, facts: Facts) -> None:
 
 
 def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
-    """Raise UserError unless the run's folder can be written to and has room for one checkpoint."""
+    """Raise UserError unless the run's folder can be written to and has room for its checkpoints."""
     asked = f"the run's folder {config.folder}"
     place = config.folder.absolute()
     while not os.path.lexists(place):
@@ -279,10 +282,13 @@ def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
         raise UserError(asked, f"{place} is not a folder", "set another `output` or `name`")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(asked, f"{place} cannot be written to", "set another `output`, or change its owner")
-    needed, free = checkpoint_bytes(config, facts, parameters), shutil.disk_usage(place).free
+    one, free = checkpoint_bytes(config, facts, parameters), shutil.disk_usage(place).free
+    if one > free:
+        found = f"a checkpoint takes {one / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        raise UserError(asked, found, "make room, or set `output` to a larger disk")
+    count = max(0, kept_at_once(config) - len(checkpoints_in(config.folder)))
+    needed = count * one + snapshot_bytes(config, parameters)
     if needed > free:
-        raise UserError(
-            asked,
-            f"a checkpoint takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            "make room, or set `output` to a larger disk",
-        )
+        found = f"{count} more checkpoints take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        do = "make room, keep fewer ([checkpoint], ema.snapshots), or take another `output`"
+        raise UserError(asked, found, do)

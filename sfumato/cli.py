@@ -3,19 +3,26 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sfumato import config, launch, place, tuning
-from sfumato.errors import UserError
+from sfumato.errors import CONTINUE, Lost, Stopped, UserError
 from sfumato.grammar import parse
+from sfumato.stopping import SIGNALS, Stopping
+
+RANKS = 2
+"""What `bench` starts where --gpus does not say."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 our defect (with its traceback), 2 the user's mistake.
 
-    An interrupted command gives 128 + the signal's number, as shells expect.
+    75 is a run that was asked to stop and has saved: the same command goes on. Another interrupted command
+    gives 128 + the signal's number, as shells expect.
     """
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -29,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.real = argv is None
     # It says so on stdout, on every rank; the plan and the run's records name the device.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
-    return guarded(lambda: VERBS[arguments.verb](arguments))
+    code = guarded(lambda: VERBS[arguments.verb](arguments))
+    if code == CONTINUE and arguments.real:
+        for number in SIGNALS:  # one that comes twice, while Python goes down, must not change the code
+            signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -40,6 +51,14 @@ def guarded(work: Callable[[], int]) -> int:
         if not launch.report(error):
             print(error, file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if launch.supervised() or os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        return CONTINUE
+    except Lost as error:
+        if not launch.report(error):
+            print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -58,9 +77,10 @@ def train(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     code = as_ranks(arguments, settings.folder / "logs")
     if code is None:
-        from sfumato import train as loop
+        with Stopping():  # a signal while torch is imported
+            from sfumato import train as loop
 
-        loop.train(settings)
+            loop.train(settings)
     return code or 0
 
 
@@ -149,6 +169,20 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure."""
+    if arguments.what == "checkpoints":
+        if not launch.supervised() and place.find(os.environ) is None:
+            arguments.gpus = arguments.gpus or RANKS
+        with tempfile.TemporaryDirectory(prefix="sfumato-") as logs:
+            code = as_ranks(arguments, Path(logs))
+        if code is None:
+            from sfumato.bench import saving
+
+            saving.run(arguments.json, arguments.quick)
+        return code or 0
+    if arguments.what == "faults":
+        from sfumato.bench import faults
+
+        return int(not faults.good(faults.run(arguments.kills, arguments.gpus or RANKS, arguments.json)))
     if arguments.real:
         tuning.restart()
     from sfumato.bench import data as measure
@@ -164,7 +198,8 @@ def export(arguments: argparse.Namespace) -> int:
             raise UserError("--private", "no --push-to-hub", "name the repository: --push-to-hub OWNER/NAME")
         from sfumato.export import export as write
 
-        print(write(arguments.run, arguments.to, arguments.dtype, arguments.weights, anew=True))
+        asked = arguments.to, arguments.dtype, arguments.weights
+        print(write(arguments.run, *asked, anew=True, width=arguments.width))
         return 0
     from sfumato.report import upload
 
@@ -173,11 +208,20 @@ def export(arguments: argparse.Namespace) -> int:
 
     newest(arguments.run)
     address = upload.prepare(arguments.push_to_hub, arguments.private)
-    folder = ready(arguments.run, arguments.to, arguments.dtype, arguments.weights)
+    folder = ready(arguments.run, arguments.to, arguments.dtype, arguments.weights, arguments.width)
     print(folder)
     upload.send(folder, arguments.push_to_hub)
     print(address)
     return 0
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """Take a bad batch through the model again; 1 if its numbers are bad again."""
+    if arguments.real:
+        tuning.restart()
+    from sfumato.replay import replay as again
+
+    return 0 if again(arguments.folder) else 1
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -219,5 +263,6 @@ def presets(arguments: argparse.Namespace) -> int:
 
 
 VERBS = {
-    verb.__name__: verb for verb in (train, check, data, cache, sample, bench, export, demo, tiny, presets)
+    verb.__name__: verb
+    for verb in (train, check, data, cache, sample, bench, export, replay, demo, tiny, presets)
 }

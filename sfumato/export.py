@@ -4,20 +4,21 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from sfumato import __version__, methods, models
 from sfumato.config import Config, parse
 from sfumato.engine import checkpoint
-from sfumato.engine.engine import DTYPES
+from sfumato.engine.trained import Weights, pick
 from sfumato.errors import UserError
+from sfumato.methods import Method
 from sfumato.models.family import Family
+from sfumato.models.loading import DTYPES
 from sfumato.objective import Objective
 from sfumato.report import card
 
@@ -32,19 +33,22 @@ def export(
     dtype: str | None = None,
     weights: str | None = None,
     anew: bool = False,
+    width: float | None = None,
 ) -> Path:
     """Write a run's newest checkpoint, or the checkpoint that `run` names, as its users load it.
 
     That is a diffusers pipeline, or of an adapter its files for diffusers and others.
 
     to: the new folder; unset: the run's `export`. dtype: "fp32", "bf16" or "fp16"; unset: as the config says.
-    weights: "ema" or "live"; unset: the average if the run keeps one. anew: from the checkpoint's numbers,
-    even where it holds this export. Returns the folder, which appears in one rename. Any ZeRO stage and
-    number of ranks gives the same files.
+    weights: "live", "ema", or "ema_0.1" of a profile that the run keeps; unset: its first average if it keeps
+    any. width: of a profile, in place of weights, made from averages that were kept. anew: from the numbers,
+    even where the checkpoint holds this export. Returns the folder, which appears in one rename. Any ZeRO
+    stage and number of ranks gives the same files.
     """
     saved = checkpoint.Saved(newest(run))
     config = parse(saved.state["config"], str(saved.path))
-    facts = facts_of(saved, config, which(weights, saved), dtype or config.export.dtype)
+    trained, chosen = pick(saved, config, weights, width)
+    facts = facts_of(saved, config, chosen, dtype or config.export.dtype)
     home = saved.path.parent.parent
     to = to or home / "export"
     if to.exists() and not (to / FACTS).is_file():
@@ -56,8 +60,10 @@ def export(
         if not anew and told_by(ready) == facts:
             shutil.copytree(ready, part, copy_function=link, ignore=lambda *_: card.FILES)
         else:
+            check_whole(saved)
             family = models.load(config.model, CPU, DTYPES[str(facts["dtype"])], torch.float32, False, False)
-            write(saved, config, family, facts, part)
+            method = framed(config, family, facts["dtype"], part)
+            write(method, trained, facts, part)
         card.write(part, config, saved.state, facts, home)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -67,15 +73,22 @@ def export(
     return to
 
 
-def ready(run: Path, to: Path | None = None, dtype: str | None = None, weights: str | None = None) -> Path:
+def ready(
+    run: Path,
+    to: Path | None = None,
+    dtype: str | None = None,
+    weights: str | None = None,
+    width: float | None = None,
+) -> Path:
     """The export as it lies there, with what its user may have written into its card, or a new one."""
     saved = checkpoint.Saved(newest(run))
     config = parse(saved.state["config"], str(saved.path))
     there = to or saved.path.parent.parent / "export"
-    facts = facts_of(saved, config, which(weights, saved), dtype or config.export.dtype)
-    if told_by(there) == facts and newer(there / FACTS, saved.path / "state.json"):
+    _, chosen = pick(saved, config, weights, width)
+    facts = facts_of(saved, config, chosen, dtype or config.export.dtype)
+    if told_by(there) == facts and newer(there / FACTS, saved.path / checkpoint.MANIFEST):
         return there
-    return export(run, to, dtype, weights)
+    return export(run, to, dtype, weights, width=width)
 
 
 def newer(file: Path, other: Path) -> bool:
@@ -84,20 +97,34 @@ def newer(file: Path, other: Path) -> bool:
 
 
 def inside(config: Config, family: Family, tell: Callable[[str], None]) -> Callable[[Path], None]:
-    """What puts an export into each new checkpoint of a run, given the checkpoint's folder, on one rank.
+    """What puts an export into each new checkpoint of a run, given the checkpoint's folder.
 
-    It is made on the CPU from the checkpoint's files; the model that learns, `family` and the random numbers
-    stay as they are. A checkpoint is worth more than its export: one that cannot be written is left out, and
-    `tell` hears of the first.
+    To be called on the first rank, in the main thread, before the training: parts that do not learn are read
+    and written once, into the run's hidden folder .frozen, and get a second name in each export. What it
+    returns may run in a thread beside the training. It works on the CPU from the checkpoint's files, and
+    leaves the model that learns, `family`, random numbers and all settings of the process as they are.
+
+    A checkpoint is worth more than its export: one that cannot be written is left out, and `tell` hears of
+    the first.
     """
     heard: list[str] = []
+    frozen, dtype = config.folder / ".frozen", config.export.dtype
+    try:
+        made: Method | Exception = framed(config, on_cpu(family, DTYPES[dtype]), dtype, frozen)
+    except Exception as error:
+        made = error
 
     def put(folder: Path) -> None:
         part = folder / ".export.part"
         try:
+            if isinstance(made, Exception):
+                raise made
             saved = checkpoint.Saved(folder)
-            facts = facts_of(saved, config, which(None, saved), config.export.dtype)
-            write(saved, config, on_cpu(family, DTYPES[config.export.dtype]), facts, part)
+            trained, chosen = pick(saved, config)
+            facts = facts_of(saved, config, chosen, dtype)
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(frozen, part, copy_function=link)
+            write(made, trained, facts, part)
             card.write(part, config, saved.state, facts)
             for path in (*part.rglob("*"), part):
                 checkpoint.sync(path)
@@ -123,22 +150,37 @@ def on_cpu(family: Family, dtype: torch.dtype) -> Family:
     return other
 
 
-def write(
-    saved: checkpoint.Saved, config: Config, family: Family, facts: Mapping[str, Any], folder: Path
-) -> None:
-    """Write an export into a new folder. family: one on the CPU, which is changed on the way."""
+def framed(config: Config, family: Family, dtype: str, folder: Path) -> Method:
+    """The method that completes an export, after it wrote into a new folder what no training changes.
+
+    family: one on the CPU, which is changed on the way.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    process = Objective(config.objective, family.scheduler_config).process.sampler_settings()
     # Modules are born with random numbers, and a run may draw from the same generator.
     with torch.random.fork_rng(devices=[]):
         method = methods.build(config, family)
-        weights = Weights(saved, facts["weights"])
-        method.export(weights, folder, DTYPES[facts["dtype"]], process)
-    assert not weights.unread, f"the export left out {sorted(weights.unread)[:3]}"
+        method.frame(folder, DTYPES[dtype], process_of(method))
+    family.release()
+    for file in folder.rglob("*config.json"):
+        forget_origin(file)
+    return method
+
+
+def write(method: Method, trained: Weights, facts: Mapping[str, Any], folder: Path) -> None:
+    """Complete an export in a folder that has its frame."""
+    method.export(trained, folder, DTYPES[facts["dtype"]], process_of(method))
+    assert not trained.unread, f"the export left out {sorted(trained.unread)[:3]}"
     for file in folder.rglob("*config.json"):
         forget_origin(file)
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for file in folder.rglob("*.safetensors"):
+        shutil.copymode(folder / FACTS, file)  # safetensors makes them readable by their owner alone
+
+
+def process_of(method: Method) -> Mapping[str, Any]:
+    """What training changed of the scheduler's config."""
+    return Objective(method.config.objective, method.family.scheduler_config).process.sampler_settings()
 
 
 def forget_origin(file: Path) -> None:
@@ -148,13 +190,15 @@ def forget_origin(file: Path) -> None:
         file.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def facts_of(saved: checkpoint.Saved, config: Config, weights: str, dtype: str) -> dict[str, Any]:
-    """What an export says about itself."""
+def facts_of(
+    saved: checkpoint.Saved, config: Config, chosen: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+    """What an export says about itself. chosen: what it says of its weights."""
     method = config.method
     word = method.word if method.kind == "textual_inversion" else None
     return {
         "step": saved.step,
-        "weights": weights,
+        **chosen,
         "dtype": dtype,
         "run": config.name,
         "base": config.model.weights,
@@ -195,37 +239,16 @@ def replace(part: Path, to: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-class Weights(Mapping[str, Tensor]):
-    """A checkpoint's parameters, read when they are asked for."""
-
-    def __init__(self, saved: checkpoint.Saved, kind: str) -> None:
-        self.saved, self.kind = saved, kind
-        self.unread = set(saved.parameters)
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.unread.discard(name)
-        return self.saved.whole(self.kind, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.saved.parameters)
-
-    def __len__(self) -> int:
-        return len(self.saved.parameters)
-
-
 def newest(run: Path) -> Path:
     """The checkpoint folder that a run folder or a checkpoint folder stands for."""
-    if (run / "state.json").is_file():
-        return run
-    steps = checkpoint.steps_in(run / "checkpoints")
-    if not steps:
+    found = checkpoint.checkpoint_of(run)
+    if found is None:
         raise UserError(f"an export of {run}", "no checkpoint is there", "name a run's folder: runs/NAME")
-    return checkpoint.path_of(run / "checkpoints", steps[-1])
+    return found
 
 
-def which(weights: str | None, saved: checkpoint.Saved) -> str:
-    """The kind of tensor in the checkpoint that is exported."""
-    has_average = "ema" in saved.kinds
-    if weights == "ema" and not has_average:
-        raise UserError(f"the average of {saved.path}", "the run keeps none", "export the live weights")
-    return "ema" if has_average and weights != "live" else "weight"
+def check_whole(saved: checkpoint.Saved) -> None:
+    """Raise UserError if a checkpoint's files are not as they were written."""
+    if wrong := saved.problems():
+        do = "name another checkpoint, or start the run again, which sets this one aside"
+        raise UserError(f"an export of {saved.path}", f"it is damaged: {'; '.join(wrong)}", do)

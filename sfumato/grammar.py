@@ -64,12 +64,12 @@ def grammar() -> argparse.ArgumentParser:
     sampling_options(command)
     command.set_defaults(options=command)
 
-    command = verb("bench", "measure this machine: how fast data are read, beside Pillow and datasets")
-    command.add_argument("what", choices=("data",))
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    command.add_argument("--quick", action="store_true", help="less of everything: two minutes or so")
+    bench_options(verb)
 
     export_options(verb)
+
+    command = verb("replay", "look again at a batch whose numbers were not finite")
+    command.add_argument("folder", type=Path, help="such as runs/NAME/bad/step-000123")
 
     demo_options(verb)
 
@@ -79,6 +79,23 @@ def grammar() -> argparse.ArgumentParser:
 
     verb("presets", "list the ready-made configs")
     return parser
+
+
+def bench_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """What is measured."""
+    command = verb("bench", "measure this machine, and how the program stands up to it")
+    command.add_argument(
+        "what",
+        choices=("data", "checkpoints", "faults"),
+        help="how fast data are read, beside Pillow and datasets; what saving and going on take, beside "
+        "DeepSpeed's own; whether a run that is killed again and again loses anything",
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    command.add_argument("--quick", action="store_true", help="less of everything")
+    command.add_argument(
+        "--gpus", type=positive, metavar="N", help="ranks of checkpoints and faults; default: 2"
+    )
+    command.add_argument("--kills", type=positive, metavar="N", default=100, help="of faults; default: 100")
 
 
 def data_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -107,8 +124,17 @@ def export_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="default: as the run's config says"
     )
-    command.add_argument(
-        "--weights", choices=("ema", "live"), help="default: the average, if the run keeps one"
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--weights",
+        metavar="KIND",
+        help='"live", "ema", or "ema_0.1" of [ema] profiles; default: the average, if the run keeps one',
+    )
+    which.add_argument(
+        "--width",
+        type=float,
+        metavar="W",
+        help="the average of this width, made from profiles that were kept",
     )
     command.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, made if not there"

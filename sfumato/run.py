@@ -1,32 +1,37 @@
 """A run's folder: what was asked, what it became, on what it runs, and where it can go on."""
 
-import importlib.metadata
+import difflib
 import json
 import platform
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sfumato import __version__
-from sfumato.config import Config
+import torch.distributed as dist
+
+from sfumato.config import Config, parse
 from sfumato.data.index import Index
-from sfumato.engine import checkpoint
+from sfumato.engine import checkpoint, published
+from sfumato.engine.content import versions
+from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
 
-PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "pillow", "pydantic")
 FREE = frozenset(
     {"name", "output", "steps", "micro_batch_size", "engine", "checkpoint", "preview", "log", "export"}
+    | {"time_limit", "bad_numbers", "ema.snapshots"}
     | {"data.source", "data.workers", "data.worker_timeout", "data.store", "data.cache", "data.max_faults"}
     | {"data.prior.source"}
     | {"model.weights", "model.vae", "model.variant"}
 )
 """Settings that may change between two starts of one run: they do not move its curve. That the data are the
 same is seen from their fingerprint."""
-BASE = {"model.weights", "model.variant", "method.weights"}
+BASE = {"model.weights", "model.variant"}
 """Settings that may change where the checkpoint holds the whole denoiser, but not where the rest is read
 from them at every start."""
-
-WHOLE = {"method", "objective.timesteps", "objective.weight"}
+DATA = "data"
+"""The word in checkpoint.accept for other data."""
+WANTED = "checkpoint.accept"
 
 
 def write_records(config: Config, world: int, device: str, index: Index) -> None:
@@ -37,13 +42,14 @@ def write_records(config: Config, world: int, device: str, index: Index) -> None
     if index.facts["faults"]:
         told.parent.mkdir(exist_ok=True)
         told.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in index.faults))
+    packages = versions()
     environment = {
-        "sfumato": __version__,
+        "sfumato": packages.pop("sfumato"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "ranks": world,
         "device": device,
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": packages,
     }
     write_json(config.folder / "resolved.json", config.model_dump(mode="json"))
     write_json(config.folder / "environment.json", environment)
@@ -56,41 +62,173 @@ def write_json(path: Path, values: Any) -> None:
     part.replace(path)
 
 
-def latest(config: Config, fingerprint: str) -> checkpoint.Saved | None:
-    """The newest checkpoint of the run's folder, None before the first; UserError if it is another run's."""
+def latest(
+    config: Config, fingerprint: str, place: Ranks, tell: Callable[[str], None]
+) -> checkpoint.Saved | None:
+    """The newest whole checkpoint of the run's folder, None before the first; all ranks call it together.
+
+    Every file's sum is taken, each on one of the ranks. A damaged checkpoint is set aside, and the one before
+    it is taken. tell: hears on the first rank what was mended, and which settings changed. Raises UserError
+    if no checkpoint is whole, or the newest is another run's.
+    """
+    check_accepted(config)
     folder = config.folder / "checkpoints"
-    steps = checkpoint.steps_in(folder)
-    if not steps:
-        return None
-    saved = checkpoint.Saved(checkpoint.path_of(folder, steps[-1]))
-    before, now = flat(saved.state["config"]), flat(config.model_dump(mode="json"))
-    fixed = BASE if config.method.kind != "full" else set()
-    names = sorted(name for name in before.keys() | now.keys() if not free(name) or name in fixed)
-    changes = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
-    if saved.state["data"] != fingerprint:
-        changes.append("the data are not those that it was trained on")
-    if saved.step > config.steps:
-        changes.append(f"it is at step {saved.step}, beyond steps = {config.steps}")
-    if changes:
-        raise UserError(
-            f"to go on with the run in {config.folder} from step {saved.step}",
-            "\n       ".join(changes),
-            "put these back, or give the new run another name",
-        )
+    say = tell if place.first else silent
+    if place.first:
+        for line in (*published.tidy(folder), *published.tidy(config.folder / "averages")):
+            say(line)
+    saved = None
+    while saved is None:
+        newest = together(place, lambda: max(published.steps_in(folder), default=None))[0]
+        if newest is None:
+            if left := together(place, lambda: [path.name for path in published.damaged_in(folder)])[0]:
+                raise nothing_whole(config, left)
+            if place.first and published.steps_in(config.folder / "averages"):
+                aside = published.set_aside(config.folder / "averages")
+                say(f"averages of an earlier run were set aside as {aside.name}")
+            return None
+        saved = whole(published.path_of(folder, newest), place, say)
+    for line in compared(config, fingerprint, saved):
+        say(line)
     return saved
 
 
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names; one that is of a kind, and has that kind's settings, stays whole."""
+def silent(text: str) -> None:
+    """Tell nobody."""
+
+
+def together(place: Ranks, act: Callable[[], Any]) -> list[Any]:
+    """What every rank found, on all of them; a mistake that one found is raised on all."""
+    mine: Any = None
+    try:
+        mine = act()
+    except UserError as error:
+        mine = error
+    every = [mine] * place.world
+    if place.world > 1:
+        dist.all_gather_object(every, mine)
+    for found in every:
+        if isinstance(found, UserError):
+            raise found
+    return every
+
+
+def whole(path: Path, place: Ranks, say: Callable[[str], None]) -> checkpoint.Saved | None:
+    """A checkpoint, if it is whole; else it is set aside, and None. All ranks together."""
+    opened: list[checkpoint.Saved] = []
+
+    def look() -> tuple[list[str], list[str]]:
+        try:
+            saved = checkpoint.Saved(path)
+        except published.Damaged as error:
+            return [error.wrong], []
+        opened.append(saved)
+        renamed = (
+            [f"it holds step {saved.step}"] if saved.step != int(path.name.removeprefix("step-")) else []
+        )
+        weights = {name: told for name, told in saved.state["export"].items() if name.endswith("safetensors")}
+        export = published.deep(path / "export", weights, (place.rank, place.world))
+        return renamed + saved.problems(place.rank, place.world), [*export]
+
+    seen = together(place, look)
+    wrong, export = (sorted({text for found in seen for text in found[part]}) for part in (0, 1))
+    if not wrong and not (export and (path / "export").is_dir()):
+        return opened[0]
+    spoilt, said = (path, "; ".join(wrong)) if wrong else (path / "export", "; ".join(export))
+
+    def move() -> str:
+        try:
+            return published.set_aside(spoilt).name if place.first else ""
+        except OSError as error:
+            do = "move it away, and start the same command again"
+            raise UserError(f"to go on from {path}", f"{said}; it cannot be renamed: {error}", do) from None
+
+    aside = together(place, move)[0]
+    what = f"the {'checkpoint' if wrong else 'export of the checkpoint'} {path.name}"
+    say(f"{what} is not whole and was set aside as {aside}: {said}")
+    return None if wrong else opened[0]
+
+
+def nothing_whole(config: Config, aside: list[str]) -> UserError:
+    """What is said where every checkpoint was set aside: a run never begins anew by itself."""
+    return UserError(
+        f"to go on with the run in {config.folder}",
+        f"none of its checkpoints is whole: {', '.join(aside)}",
+        f"put a whole one into {config.folder / 'checkpoints'}, or begin at step 0: move that folder away",
+    )
+
+
+def compared(config: Config, fingerprint: str, saved: checkpoint.Saved) -> list[str]:
+    """What to tell of the settings that differ from a checkpoint's. UserError if one may not.
+
+    A setting that the checkpoint does not know had its default.
+    """
+    try:
+        known = parse(saved.state["config"]).model_dump(mode="json")
+    except UserError:
+        known = saved.state["config"]
+    changes = dict(differences(known, config.model_dump(mode="json")))
+    changes.pop(WANTED, None)
+    if saved.state["data"] != fingerprint:
+        changes[DATA] = "the data are not those that it was trained on"
+    accepted = config.checkpoint.accept
+    harmful = [
+        f"{name}: {text}" for name, text in changes.items() if not (free(name, config) or name in accepted)
+    ]
+    if saved.step > config.steps:
+        harmful.append(f"it is at step {saved.step}, beyond steps = {config.steps}")
+    if harmful:
+        names = [text.split(":")[0] for text in harmful if ":" in text]
+        raise UserError(
+            f"to go on with the run in {config.folder} from step {saved.step}",
+            "\n       ".join(harmful),
+            "put these back, or give the new run another name"
+            + (f"; or, if you mean it, set checkpoint.accept = {json.dumps(names)}" if names else ""),
+        )
+    said = [f"goes on from {saved.path.name}"]
+    said += [f"changed: {name}: {text}" for name, text in changes.items()]
+    said += [
+        f"checkpoint.accept names {name}, which did not change" for name in accepted if name not in changes
+    ]
+    return said
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names of the settings that differ, with both values; of tables of two kinds, the kind alone."""
+    tables = isinstance(before, dict) and isinstance(now, dict)
+    if tables and (before.get("kind") == now.get("kind") or before.keys() == now.keys()):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif tables:
+        yield f"{name}.kind", f"{before.get('kind')!r} -> {now.get('kind')!r}"
+    elif before != now:
+        yield name, f"{before!r} -> {now!r}"
+
+
+def check_accepted(config: Config) -> None:
+    """Raise UserError for a name in checkpoint.accept that is no setting's."""
+    names = flat(config.model_dump(mode="json"))
+    tables = {name.rpartition(".")[0] for name in names}
+    known = {DATA, *names, *tables}
+    for name in config.checkpoint.accept:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            do = f'write "{near[0]}"' if near else 'write names as in docs/config.md, such as "optimizer.lr"'
+            raise UserError(f'checkpoint.accept = ["{name}"]', "no setting is called that", do)
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names."""
     out: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, dict) and prefix + key not in WHOLE:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
 
 
-def free(name: str) -> bool:
+def free(name: str, config: Config) -> bool:
     """Whether a setting may change between two starts of one run."""
+    if name in BASE and config.method.kind != "full":
+        return False
+    if name == "steps" and config.optimizer.schedule != "constant":
+        return False  # the learning rate falls over all of them
     return name in FREE or name.split(".")[0] in FREE

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from sfumato.bench import drawing as speed
-from sfumato.drawing import compare, inputs, model, pipelines, prompts
+from sfumato.drawing import compare, inputs, model, pipelines, prompts, sources
 from sfumato.drawing.depth import estimator
 from sfumato.drawing.draw import draw, strength_of
 from sfumato.drawing.model import Opened, Ready, open_model
@@ -22,6 +22,7 @@ from sfumato.drawing.request import Picture, Sampling, Shot
 from sfumato.drawing.schedulers import class_of
 from sfumato.drawing.words import cut_off
 from sfumato.errors import UserError
+from sfumato.models import control
 from sfumato.report.counter import Counter
 
 
@@ -160,10 +161,8 @@ def find(request: Request, source: str | Path, shots: Sequence[Shot], place: Pla
 
 def is_control(source: str | Path) -> bool:
     """Whether a column is a ControlNet's; others of its run are drawn without the condition."""
-    from sfumato.drawing.sources import export_of, is_control
-
-    export = export_of(Path(source).expanduser())
-    return export is not None and is_control(export)
+    export = sources.export_of(Path(source).expanduser())
+    return export is not None and control.is_control(export)
 
 
 def whole_size(sampling: Sampling) -> tuple[int, int] | None:

@@ -9,10 +9,11 @@ from sfumato import models, prior
 from sfumato.check import Plan, check
 from sfumato.config import Config
 from sfumato.engine import ranks
-from sfumato.engine.engine import DTYPES
 from sfumato.engine.ranks import Ranks
 from sfumato.models.family import Family
+from sfumato.models.loading import DTYPES
 from sfumato.prior.fill import fill
+from sfumato.watch import MARGIN
 
 
 def begin(config: Config) -> tuple[Ranks, Plan]:
@@ -20,7 +21,8 @@ def begin(config: Config) -> tuple[Ranks, Plan]:
 
     The first rank looks at the data, and makes their index if need be, before the others open it.
     """
-    place = ranks.start(config.engine.timeout)
+    # Who hangs is named by the watch; the group's own error names nobody, so it comes later.
+    place = ranks.start(config.engine.timeout + MARGIN)
     if prior.drawn(config):
         config = with_class_images(config, place)
     if not place.first:

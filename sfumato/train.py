@@ -1,114 +1,196 @@
 """The loop: the order of events, and no arithmetic."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sfumato import methods, run, start
 from sfumato.cache import fill
 from sfumato.config import Config
 from sfumato.data.batch import Batch
+from sfumato.data.draws import torch_seed
 from sfumato.data.loader import Loader
 from sfumato.drawing.draw import draw
 from sfumato.drawing.pictures import write
 from sfumato.drawing.request import Sampling, shots
-from sfumato.engine import checkpoint
-from sfumato.engine.engine import DTYPES, Engine
+from sfumato.engine import agreement, checkpoint
+from sfumato.engine.checkpoint import Writer
+from sfumato.engine.engine import Engine
 from sfumato.engine.weights import starting
+from sfumato.errors import UserError
 from sfumato.export import export, inside
 from sfumato.methods import Method
+from sfumato.mishaps import Mishaps
+from sfumato.models.family import Family
+from sfumato.models.loading import DTYPES
 from sfumato.objective import Objective
 from sfumato.report.clock import Clock
 from sfumato.report.progress import Progress
+from sfumato.report.spikes import Spikes, losses_in
 from sfumato.report.upload import after_run
+from sfumato.stopping import Stopping
+from sfumato.watch import Watch
 
 
 def train(config: Config) -> Path:
     """One run, from its first line to its last; the same call goes on where a run was stopped.
 
-    Returns the folder of the exported model. All ranks call it together.
+    Returns the folder of the exported model. All ranks call it together. Raises Stopped where the run was
+    asked to end early; then it is saved.
     """
-    place, plan = start.begin(config)
-    saved = run.latest(config, plan.index.fingerprint)
-    if place.first:
-        run.write_records(config, place.world, str(place.device), plan.index)
-    family = start.load_family(config, place)
-    cached = fill(config, plan.index, plan.cells, family, place) if config.data.cache != "none" else None
-    if config.engine.attention is not None:
-        family.try_attention(config.engine.attention, DTYPES[config.engine.precision])
-    method = methods.build(config, family)
-    objective = Objective(config.objective, family.scheduler_config)
-    draw = partial(method.draw, config.seed)
-    weights = starting(method.weights(), draw, method.source_name, config.folder, place)
-    engine = Engine(config, place, method.build, weights, method.settle)
-    if saved is not None:
-        checkpoint.load(engine, saved)
-    latent = family.latent_channels, family.vae_factor
-    loader = Loader(config, plan.index, plan.cells, *latent, cached, place.rank, place.world)
-    facts = {
-        "config": config.model_dump(mode="json"),
-        "data": plan.index.fingerprint,
-        "records": sum(part.count for part in plan.index.parts[: plan.index.prior]),
-        "family": plan.facts.family,
-    }
-
-    lines, clock = config.folder / "metrics.jsonl", Clock()
-    with (
-        Progress(lines, config.steps, config.batch_size, start=engine.step_count, first=place.first) as told,
-        closing(loader.steps_from(engine.step_count)) as steps,
-    ):
-        beside = inside(config, family, told.note) if config.checkpoint.export else None
-        while engine.step_count < config.steps:
-            with clock.waiting():
-                batches = next(steps)
-            while not optimizer_step(engine, method, objective, batches):
-                engine.explain_skip(torch.cat([batch.ids for batch in batches]))
-            if due(engine, config.log.every):
-                told.step(
-                    engine.step_count, engine.metrics() | {"data_seconds": clock.take(), "faults": loader.bad}
-                )
-            with told.aside():
-                if due(engine, config.checkpoint.every):
-                    kept = config.folder / "checkpoints", facts, config.checkpoint.keep
-                    checkpoint.save(engine, *kept, beside)
-                if config.preview.prompts and due(engine, config.preview.every):
-                    preview(engine, method, objective)
-
-    if place.first:
-        export(config.folder)
-    place.barrier()
+    with Stopping(config.time_limit, config.folder / "stop", print) as stopping:
+        place, plan = start.begin(config)
+        saved = run.latest(config, plan.index.fingerprint, place, print)
+        if place.first:
+            run.write_records(config, place.world, str(place.device), plan.index)
+        family = start.load_family(config, place)
+        cached = fill(config, plan.index, plan.cells, family, place) if config.data.cache != "none" else None
+        if config.engine.attention is not None:
+            family.try_attention(config.engine.attention, DTYPES[config.engine.precision])
+        method = methods.build(config, family)
+        objective = Objective(config.objective, family.scheduler_config)
+        draw = partial(method.draw, config.seed)
+        weights = starting(method.weights(), draw, method.source_name, config.folder, place)
+        engine = Engine(config, place, method.build, weights, method.settle)
+        if saved is not None:
+            checkpoint.load(engine, saved)
+        latent = family.latent_channels, family.vae_factor
+        loader = Loader(config, plan.index, plan.cells, *latent, cached, place.rank, place.world)
+        facts = {
+            "config": config.model_dump(mode="json"),
+            "data": plan.index.fingerprint,
+            "records": sum(part.count for part in plan.index.parts[: plan.index.prior]),
+            "family": plan.facts.family,
+        }
+        lines, clock = config.folder / "metrics.jsonl", Clock()
+        with (
+            Progress(
+                lines, config.steps, config.batch_size, start=engine.step_count, first=place.first
+            ) as told,
+            Watch(place, config.engine.timeout) as watch,
+            Writer(engine, facts, told.note, beside(config, family, told.note, place.first)) as writer,
+            closing(loader.steps_from(engine.position)) as steps,
+            stopping.together(place, config.engine.timeout),
+        ):
+            saves = {"checkpoint": config.checkpoint.every, "averages": config.ema.snapshots}
+            seen: list[int] = []
+            mishaps = Mishaps(config, place, told.note, plan.index.name)
+            spikes = Spikes(config.bad_numbers.spike, losses_in(lines))
+            if config.bad_numbers.policy == "rollback" and saved is None:
+                writer.save()  # else there were nothing to go back to
+            while engine.step_count < config.steps and not stopping.agreed(engine.step_count):
+                watch.beat(engine.step_count, "waiting for data")
+                with clock.waiting():
+                    batches = next(steps)
+                watch.beat(engine.step_count, "training")
+                if not applied(engine, method, objective, batches, mishaps, writer):
+                    told.back_to(engine.step_count)
+                    continue
+                seen += [number for batch in batches for number in batch.ids.tolist()]
+                saving = [what for what, every in saves.items() if due(engine, every)]
+                if config.engine.compare_every and (saving or due(engine, config.engine.compare_every)):
+                    agreement.check(engine)
+                if due(engine, config.log.every):
+                    metrics: dict[str, Any] = engine.metrics() | mishaps.metrics(engine)
+                    metrics |= {"data_seconds": clock.take(), "faults": loader.bad}
+                    if spikes.take(metrics["loss"]):
+                        told.note(spikes.describe(engine.step_count, metrics["loss"]))
+                    if config.log.samples:
+                        metrics["samples"] = sorted(place.gathered(seen))
+                    told.step(engine.step_count, metrics | {"spike": spikes.now})
+                    seen = []
+                with told.aside():
+                    if saving:
+                        watch.beat(engine.step_count, "copying what is to be saved")
+                        writer.save(*saving)
+                    if config.preview.prompts and due(engine, config.preview.every):
+                        watch.beat(engine.step_count, "drawing the previews")
+                        preview(engine, method, objective)
+            watch.beat(engine.step_count, "writing the last checkpoint")
+            if not (writer.is_saved() or (saved is not None and saved.position == engine.position)):
+                writer.save()
+            writer.join()
+        if engine.step_count < config.steps:
+            raise stopping.error(engine.step_count)
+        if place.first:
+            export(config.folder)
+        place.barrier()
     if place.first and config.export.push_to_hub is not None:
         after_run(config.folder / "export", config.export.push_to_hub, config.export.private, print)
     return config.folder / "export"
 
 
+def beside(
+    config: Config, family: Family, tell: Callable[[str], None], first: bool
+) -> Callable[[Path], None] | None:
+    """What puts the export into each checkpoint, if the run wants it; on the first rank."""
+    return inside(config, family, tell) if config.checkpoint.export and first else None
+
+
+def applied(
+    engine: Engine,
+    method: Method,
+    objective: Objective,
+    batches: list[Batch],
+    mishaps: Mishaps,
+    writer: Writer,
+) -> bool:
+    """Train on one global batch; False where it was left out. Saves before an error that ends the run."""
+    while not optimizer_step(engine, method, objective, batches):
+        try:
+            verdict = mishaps.judge(engine, batches)
+        except UserError:
+            if not writer.is_saved():
+                writer.save()
+            raise
+        if verdict == "back":
+            writer.join()
+            newest = checkpoint.checkpoint_of(engine.config.folder)
+            assert newest is not None, "no checkpoint was written to go back to"
+            checkpoint.load(engine, checkpoint.Saved(newest))
+            mishaps.went_back(engine)
+        if verdict != "again":
+            return False
+    return True
+
+
 def optimizer_step(engine: Engine, method: Method, objective: Objective, batches: list[Batch]) -> bool:
     """Forward and backward over one global batch's micro-batches; True if the weights moved."""
-    applied = False
+    moved = False
     for batch in batches:
-        batch = batch.to(engine.ranks.device)
-        latents, condition = method.encode(batch)  # (B, c, h, w) fp32
-        losses = objective.losses(partial(engine, condition=condition), latents, batch.draws)  # (B,)
+        losses = losses_of(engine, method, objective, batch)
         engine.backward(batch.weighed(losses))
-        applied = engine.step()
-    return applied
+        moved = engine.step()
+    return moved
 
 
-def due(engine: Engine, every: int) -> bool:
+def losses_of(engine: Engine, method: Method, objective: Objective, batch: Batch) -> Tensor:
+    """The losses (B,) of a micro-batch, with a graph: a pure function of the weights and the batch."""
+    # For dropout inside the model; all other numbers were drawn by the loader.
+    torch.manual_seed(torch_seed(engine.config.seed, int(batch.ids[0]), int(batch.visits[0])))
+    batch = batch.to(engine.ranks.device)
+    latents, condition = method.encode(batch)  # (B, c, h, w) fp32
+    return objective.losses(partial(engine, condition=condition), latents, batch.draws)
+
+
+def due(engine: Engine, every: int | None) -> bool:
     """Whether something that happens every so many applied steps, and after the last one, happens now."""
-    return engine.step_count % every == 0 or engine.step_count == engine.config.steps
+    return every is not None and (engine.step_count % every == 0 or engine.step_count == engine.config.steps)
 
 
 def preview(engine: Engine, method: Method, objective: Objective) -> None:
-    """Draw the preview's prompts with the weights of now, on all ranks together."""
+    """Draw the preview's prompts, with the average of the weights if the run keeps one; all ranks do it."""
     config, wanted = engine.config, engine.config.preview
     pictures = cycle(map(Path, wanted.conditions))
     asked = [replace(shot, condition=next(pictures, None)) for shot in shots(wanted.prompts, [wanted.seed])]
-    with engine.drawing() as module:
+    with engine.averaged(), engine.drawing() as module:
         pipeline, family = method.pipeline(module, objective.process.sampler_settings())
         drawings = draw(
             pipeline,

@@ -1,6 +1,8 @@
 """For all tests: few threads, so that many processes fit on few cores; no GPU tests where there is none."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,8 +10,18 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONGEST = (
+    *("test_numbers", "test_text_encoders", "test_command", "test_data_runs", "test_training"),
+    *("test_demo_style", "test_dreambooth", "test_controlnet", "test_lora", "test_textual_inversion"),
+    *("test_data_index_processes", "test_checkpoint_export", "test_presets"),
+)
+"""The files that take longest, in that order: begun first, no worker is alone with one at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU on a machine without one."""
+    """Begin with the longest files, and leave out what needs a GPU on a machine without one."""
+    turn = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turn.get(item.path.stem, len(LONGEST)))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return
@@ -18,3 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if get_accelerator().device_name() == "cpu":
         for item in needing:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_place_is_left() -> Iterator[None]:
+    """A command that a test calls in this process makes it a rank; the next test finds it as it was."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()

@@ -11,9 +11,20 @@ from sfumato.config.objective import BiasedTimesteps, MinSNRWeight, Objective, U
 from sfumato.config.reading import PRESETS, find, load, parse
 from sfumato.config.run import Config
 from sfumato.config.section import Section
-from sfumato.config.training import Checkpoint, Ema, Engine, Export, Fp16, Log, Optimizer, Preview
+from sfumato.config.training import (
+    BadNumbers,
+    Checkpoint,
+    Ema,
+    Engine,
+    Export,
+    Fp16,
+    Log,
+    Optimizer,
+    Preview,
+)
 
 __all__ = [
+    "BadNumbers",
     "BiasedTimesteps",
     "Buckets",
     "Checkpoint",

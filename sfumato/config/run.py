@@ -9,7 +9,7 @@ from sfumato.config.data import Data
 from sfumato.config.method import ControlNet, Full, LoRA, Model, TextualInversion
 from sfumato.config.objective import Objective
 from sfumato.config.section import Section, named
-from sfumato.config.training import Checkpoint, Ema, Engine, Export, Log, Optimizer, Preview
+from sfumato.config.training import BadNumbers, Checkpoint, Ema, Engine, Export, Log, Optimizer, Preview
 from sfumato.errors import UserError
 
 Method = Full | LoRA | ControlNet | TextualInversion
@@ -30,6 +30,8 @@ class Config(Section):
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(1, ge=1)
     """Samples per forward pass on one rank; the rest is accumulated."""
+    time_limit: float | None = Field(None, gt=0)
+    """Minutes after which the run saves and ends with exit code 75; the same command goes on. Unset: none."""
     model: Model
     method: Annotated[Method, Field(discriminator="kind")] = Full()
     """What learns."""
@@ -38,6 +40,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     engine: Engine = Engine()
     ema: Ema = Ema()
+    bad_numbers: BadNumbers = BadNumbers()
     checkpoint: Checkpoint = Checkpoint()
     preview: Preview = Preview()
     log: Log = Log()
@@ -81,6 +84,8 @@ class Config(Section):
             )
         if self.optimizer.text_encoder_lr is not None and not self.learns_text:
             raise ValueError("optimizer.text_encoder_lr is set, but no text encoder learns")
+        if self.ema.snapshots and not (self.ema.enabled and self.ema.profiles):
+            raise ValueError("ema.snapshots copies what ema.profiles keeps; set ema.enabled and ema.profiles")
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than steps = {self.steps}"

@@ -66,6 +66,8 @@ class Engine(Section):
     """Loss scaling."""
     timeout: float = Field(1800, gt=0)
     """Seconds that a rank waits for the others before the run ends with an error."""
+    compare_every: int = Field(100, ge=0)
+    """Applied steps between two checks that all ranks hold the same weights; 0: never."""
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own keys, passed on as they are; one that contradicts a setting of ours is refused."""
 
@@ -79,6 +81,11 @@ class Ema(Section):
     """Share of the old average that stays at each applied step."""
     warmup: bool = True
     """Limit the decay at step s to (1 + s) / (10 + s), so that the average forgets the start."""
+    profiles: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    """In place of `decay`: widths of power-function averages relative to the steps so far, such as
+    [0.05, 0.1]. Two let any other width be made afterwards (arXiv:2312.02696, section 3)."""
+    snapshots: int | None = Field(None, ge=1)
+    """Applied steps between two copies of the averages alone, which stay for that; unset: none."""
 
 
 class Checkpoint(Section):
@@ -88,8 +95,25 @@ class Checkpoint(Section):
     """Applied steps between two checkpoints; the last step always has one."""
     keep: int = Field(2, ge=1)
     """How many of the newest stay."""
+    keep_every: int | None = Field(None, ge=1)
+    """Those whose step is a multiple of this stay too; unset: the newest alone."""
+    accept: tuple[str, ...] = ()
+    """Settings that move the curve and may still differ from the checkpoint's, by name, such as
+    ["optimizer.lr"]; "data" for other data."""
     export: bool = True
     """Put into each what its users load, so that it can be drawn with."""
+
+
+class BadNumbers(Section):
+    """What is done about a loss or gradient that is not finite. It never reaches the weights."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """"stop": save and end. "skip": leave the batch out. "rollback": take the newest checkpoint's weights,
+    and go on with the data after the batch."""
+    limit: int = Field(10, ge=1)
+    """Batches that a run may leave out before it stops all the same."""
+    spike: float = Field(8.0, ge=0)
+    """A loss is flagged that lies so many robust deviations above the last ones' median; 0: none is."""
 
 
 class Preview(Section):
@@ -114,6 +138,8 @@ class Log(Section):
 
     every: int = Field(1, ge=1)
     """Applied steps between two lines of metrics.jsonl; each line is a mean over that many."""
+    samples: bool = False
+    """Tell the samples of those steps in each line, by their numbers in the index."""
 
 
 class Export(Section):

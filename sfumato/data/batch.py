@@ -1,10 +1,14 @@
 """What a training step is a pure function of, besides the weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -84,3 +88,37 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the DataLoader calls this by its name."""
         return self.map(Tensor.pin_memory)
+
+
+def save(batches: Sequence[Batch], path: Path) -> None:
+    """Write micro-batches into one safetensors file, every number as it is; OSError if there is no room.
+
+    A tensor is called "2/ids", "2/draws.noise" or "2/text/NAME", after its micro-batch.
+    """
+    tensors: dict[str, Tensor] = {}
+    words = []
+    for micro, batch in enumerate(batches):
+        named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        named |= {f"draws.{name}": value for name, value in vars(batch.draws).items() if value is not None}
+        named |= {f"text/{name}": value for name, value in (batch.text or {}).items()}
+        tensors |= {f"{micro}/{name}": value.detach().cpu().contiguous() for name, value in named.items()}
+        words.append({"captions": batch.captions, "faults": batch.faults, "text": batch.text is not None})
+    save_file(tensors, path, {"words": json.dumps(words)})
+
+
+def read(path: Path) -> list[Batch]:
+    """The micro-batches that `save` wrote. Raises SafetensorError or OSError if the file is damaged."""
+    with safe_open(path, "pt") as file:
+        words = json.loads(file.metadata()["words"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    batches = []
+    for micro, said in enumerate(words):
+        own = {
+            name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(f"{micro}/")
+        }
+        drawn = {field.name: own.pop(f"draws.{field.name}", None) for field in fields(Draws)}
+        text = {name[5:]: own.pop(name) for name in [*own] if name.startswith("text/")}
+        faults = tuple(Fault(*fault) for fault in said["faults"])
+        rest: dict[str, Any] = {"text": text if said["text"] else None, "faults": faults, **own}
+        batches.append(Batch(captions=said["captions"], draws=Draws(**drawn), **rest))
+    return batches

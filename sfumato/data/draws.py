@@ -9,7 +9,7 @@ import numpy as np
 
 # The streams of a sample. A number, once given, is never given to another purpose: a new stream then
 # changes no older one, and an old run can be repeated.
-CROP, FLIP, CAPTION, DROPOUT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, TAGS = range(1, 11)
+CROP, FLIP, CAPTION, DROPOUT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, TAGS, MODEL = range(1, 12)
 # The stream of the whole data set: the order of an epoch.
 ORDER = 64
 BATCHES = 65  # which bucket a step takes
@@ -36,6 +36,11 @@ def uniform(seed: int, sample: int, visit: int, stream: int) -> float:
 def normal(seed: int, sample: int, visit: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
     """N(0, 1) in fp32, of the given shape."""
     return generator(seed, sample, visit, stream).standard_normal(shape, np.float32)
+
+
+def torch_seed(seed: int, sample: int, visit: int) -> int:
+    """What torch's own generator starts from in a forward pass (dropout), named by its first sample."""
+    return int(bits(seed, sample, visit, MODEL).random_raw()) >> 1  # torch takes 63 bits
 
 
 def pick(u: float, count: int) -> int:

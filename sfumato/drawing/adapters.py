@@ -13,13 +13,10 @@ from safetensors.torch import load_file
 
 from sfumato.drawing.sources import EMBEDDINGS, find_lora
 from sfumato.errors import UserError
-from sfumato.models.folder import read_json
+from sfumato.models.control import check_pair
+from sfumato.models.folder import called, read_json
 from sfumato.models.loading import frozen, peft_library, quiet
 
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-"""Well-known models by the width of their prompts' encoding, for messages."""
-SHARED = ("cross_attention_dim", "block_out_channels", "addition_embed_type", "in_channels")
-"""The settings that a ControlNet and its base have in common."""
 ATTENTION = re.compile(
     r"attn(\d)[._](?:processor[._])?to_([qkv])(?:_lora)?[._](?:lora_A|lora_down|lora\.down|down)\b"
 )
@@ -48,11 +45,6 @@ def denoiser_config(folder: Path) -> dict[str, Any]:
     """The config of a diffusers folder's U-Net; {} where it has none."""
     file = folder / "unet" / "config.json"
     return read_json(file) if file.is_file() else {}
-
-
-def called(width: Any) -> str:
-    """The family with prompts of a width, as people say it."""
-    return f"{width}" + (f" ({FAMILIES[width]})" if width in FAMILIES else "")
 
 
 def check_lora(source: Path, folder: Path) -> Path:
@@ -106,16 +98,8 @@ def add_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
 
 
 def check_control(control: Path, folder: Path) -> None:
-    """Raise UserError unless a ControlNet was made from a denoiser like the model's."""
-    theirs, ours = read_json(control / "config.json"), denoiser_config(folder)
-    asked = f"the ControlNet {control} with the model {folder}"
-    if not ours:
-        raise UserError(asked, "the model has no U-Net", "take a model of Stable Diffusion or SDXL")
-    for key in SHARED:
-        if key in theirs and key in ours and theirs[key] != ours[key]:
-            say = called if key == "cross_attention_dim" else str
-            found = f"the ControlNet was made for {key} {say(theirs[key])}, the model has {say(ours[key])}"
-            raise UserError(asked, found, "take a ControlNet and a model of one base")
+    """Raise UserError unless a ControlNet is whole, and was made for a denoiser like the model's."""
+    check_pair(control, folder, denoiser_config(folder))
     for file in sorted(control.glob("*.safetensors")):
         shapes(file, f"the ControlNet {control}")
 

@@ -30,7 +30,9 @@ def estimator(source: str | None, device: torch.device | str) -> Callable[[Image
 
         try:
             # The one for Pillow: the other needs torchvision.
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+            processor = AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, use_fast=False, trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(asked, reason, f"download it again, or {INSTEAD}") from None

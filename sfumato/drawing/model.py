@@ -11,9 +11,7 @@ from sfumato.drawing import adapters, pipelines, sources
 from sfumato.drawing.sources import Found
 from sfumato.errors import UserError
 from sfumato.models.family import Family
-from sfumato.models.loading import peft_library
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sfumato.models.loading import DTYPES, peft_library
 
 
 @dataclass(frozen=True)

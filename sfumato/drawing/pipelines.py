@@ -7,13 +7,14 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError
 
 from sfumato import config, models
 from sfumato.errors import UserError
 from sfumato.models.family import Family
 from sfumato.models.folder import read_json
-from sfumato.models.loading import quiet
+from sfumato.models.loading import frozen, quiet
 
 NAME = re.compile(r"(.*?)(?:ControlNet)?(?:Img2Img|Inpaint)?Pipeline")
 """How diffusers calls the pipelines of a model: its name, then what they draw from."""
@@ -107,6 +108,10 @@ def open_pipeline(
         family = models.load(model, place, dtype, vae_dtype)
         # Shared, so that the text encoders are not there twice.
         parts |= {"vae": family.vae, **family.parts()}
+    for part, its in modules_of(folder).items():
+        if part in taken and part not in parts:
+            # The pipeline would fill what a file lacks with what lies in memory, unnoticed.
+            parts[part] = frozen(its, folder / part, variant_of(folder / part, variant), dtype, place)
     try:
         with quiet():
             pipeline = kind.from_pretrained(
@@ -130,6 +135,25 @@ def open_pipeline(
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the pipeline in {folder}", reason, "download or export the folder again") from error
     return pipeline.to(place), family
+
+
+def modules_of(folder: Path) -> dict[str, type]:
+    """The classes of the parts of a diffusers folder that hold weights, by name."""
+    found = {}
+    for part, said in read_json(folder / "model_index.json").items():
+        library, name = said if isinstance(said, list) and len(said) == 2 else (None, None)
+        if library in ("diffusers", "transformers") and (folder / part / "config.json").is_file():
+            with quiet():
+                kind = getattr(diffusers if library == "diffusers" else transformers, str(name), None)
+            if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+                found[part] = kind
+    return found
+
+
+def variant_of(part: Path, variant: str | None) -> str | None:
+    """The variant that a part is read in: as diffusers, the usual one where there is no such file."""
+    endings = (file.name.partition(".")[2] for file in part.iterdir())
+    return variant if variant and any(ending.startswith(variant) for ending in endings) else None
 
 
 def check_offload(device: torch.device) -> None:

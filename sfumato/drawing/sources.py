@@ -4,19 +4,19 @@ A run's export lies in runs/NAME/export, that of a checkpoint in runs/NAME/check
 sfumato.json says what kind of thing was learned, on which base.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato.engine.published import checkpoint_of, checkpoints_in
 from sfumato.errors import UserError
+from sfumato.models import control
 from sfumato.models.folder import listing, locate, read_json
 
 LORA = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file of a LoRA."""
 EMBEDDINGS = "learned_embeds.safetensors"
 """What diffusers calls the file of learned words."""
-STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,7 @@ def export_of(path: Path) -> Path | None:
     if (path / "sfumato.json").is_file() or (path / "model_index.json").is_file():
         return path
     # A run that was stopped has those of its checkpoints.
-    steps = sorted(
-        path.glob("checkpoints/step-*"), key=lambda step: (len(step.name), step.name), reverse=True
-    )
-    for export in (path / "export", *(step / "export" for step in steps)):
+    for export in (path / "export", *(step / "export" for step in reversed(checkpoints_in(path)))):
         if any((export / name).is_file() for name in ("sfumato.json", "model_index.json", LORA)):
             return export
     if (path / "resolved.json").is_file():
@@ -79,7 +76,7 @@ def export_of(path: Path) -> Path | None:
             "neither it nor one of its checkpoints holds an export",
             "let it finish: start the same command again; or draw with the weights that it started from",
         )
-    if (path / "state.json").is_file():
+    if checkpoint_of(path) is not None:
         do = f"write one: sfumato export {path} --to FOLDER, and draw with that"
         raise UserError(f"drawing with the checkpoint {path}", "no export is in it", do)
     return None
@@ -104,7 +101,7 @@ def kind_of(export: Path, facts: dict[str, Any]) -> str:
             kind = "lora"
         elif (export / EMBEDDINGS).is_file():
             kind = "textual_inversion"
-        elif is_control(export):
+        elif control.is_control(export):
             kind = "controlnet"
         else:
             kind = "full"
@@ -116,22 +113,9 @@ def kind_of(export: Path, facts: dict[str, Any]) -> str:
     return str(kind)
 
 
-def is_control(folder: Path) -> bool:
-    """Whether a folder holds a ControlNet."""
-    file = folder / "config.json"
-    return file.is_file() and "ControlNet" in str(read_json(file).get("_class_name"))
-
-
 def find_control(source: str | Path) -> Path:
     """The folder of a ControlNet: a diffusers folder, a run, a checkpoint or a hub id. Raises UserError."""
-    path = Path(source).expanduser()
-    folder = path if is_control(path) else export_of(path) or locate(str(source))
-    if not is_control(folder):
-        found = f"no config.json of a ControlNet; it holds {listing(folder)}"
-        raise UserError(
-            f"the ControlNet {source}", found, "name a ControlNet's folder, or a run of that kind"
-        )
-    return folder
+    return control.find(export_of(Path(source).expanduser()) or source, f"the ControlNet {source}")
 
 
 def find_lora(source: Path) -> Path:
@@ -159,10 +143,9 @@ def checkpoints_of(run: Path) -> tuple[str, list[tuple[int, Path]]]:
     if base is None:
         raise UserError(asked, "resolved.json names no model.weights", "name a run of Sfumato")
     found: dict[int, Path] = {}
-    for folder in sorted((run / "checkpoints").glob("step-*")):
-        step = STEP.fullmatch(folder.name)
-        if step and (folder / "export" / "sfumato.json").is_file():
-            found[int(step[1])] = folder / "export"
+    for folder in checkpoints_in(run):
+        if (folder / "export" / "sfumato.json").is_file():
+            found[int(folder.name.removeprefix("step-"))] = folder / "export"
     last = run / "export"
     if (last / "sfumato.json").is_file():
         found.setdefault(int(read_json(last / "sfumato.json").get("step", 0)), last)

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.config import Config
-from sfumato.engine import optimizer, shards
+from sfumato.engine import ema, optimizer, profiles, shards
 from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
+from sfumato.engine.scale import LossScale
 from sfumato.engine.weights import WeightFiles
-from sfumato.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sfumato.models.loading import DTYPES
 
 
 class Unfilled(TorchFunctionMode):
@@ -56,7 +55,17 @@ class Engine:
         self.autocast = autocast(config)
         self.dtype = torch.float32 if self.autocast else DTYPES[config.engine.precision]
         self.step_count = 0
+        self.position = 0
+        """Global batches that were consumed: one for each applied step, and those left out."""
+        self.left_out: list[dict[str, Any]] = []
+        """The batches that moved nothing: position, how many batches from there on, and samples."""
+        self.overflows = 0
+        """Attempts that fp16 could not hold and that were made again with a smaller scale."""
+        self.losses: list[Tensor] = []
+        """The losses of the samples in the last closed step, (B,) for each of this rank's micro-batches."""
         self.grad_norm: float | Tensor = 0.0
+        self.is_averaged = False
+        """Whether the module computes with an average at this moment."""
         self._micro = 0
         self._losses: list[Tensor] = []
         self._applied: list[Tensor] = []
@@ -75,6 +84,11 @@ class Engine:
         shards.fill(self.deepspeed, weights)
         if settle is not None and config.engine.zero_stage < 3:
             settle(self.deepspeed.module)
+        self.scale = LossScale(getattr(self.deepspeed.optimizer, "loss_scaler", None))
+        # A sample that reaches no weight, as one without the word that is learned, binds nothing.
+        self._nothing = torch.zeros(())
+        self.binding = next(iter(trained.values())).register_hook(lambda g: g + self._nothing.to(g.dtype))
+        """Makes a gradient not finite where some loss is not."""
 
     def _build(self, build: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
         with Unfilled(), warnings.catch_warnings():
@@ -107,15 +121,37 @@ class Engine:
         with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.autocast):
             yield self.deepspeed.module
 
+    @contextmanager
+    def averaged(self, kind: str | None = None) -> Iterator[None]:
+        """Within it the module computes with an average of the weights; all ranks enter and leave together.
+
+        kind: "ema", or "ema_0.05" of a profile; unset: the first that the run keeps. Afterwards every weight
+        and state is what it was, to the bit. Without an average, and before the first step, nothing happens.
+        """
+        kept = profiles.kinds(self.config.ema)
+        assert kind is None or kind in kept, f"the run keeps {kept}, not {kind}"
+        if not kept or self.step_count == 0:
+            yield
+            return
+        assert not self.is_averaged, "the module computes with an average already"
+        self.is_averaged = True
+        try:
+            with ema.swapped(self.deepspeed, kind or kept[0]):
+                yield
+        finally:
+            self.is_averaged = False
+
     def backward(self, losses: Tensor) -> None:
         """Add a micro-batch's gradient; losses: (B,), one per sample of this rank's micro-batch.
 
-        The gradient of an optimizer step is that of the mean over the global batch, whatever the split.
+        The gradient of an optimizer step is that of the mean over the global batch, whatever the split. It is
+        not finite where a loss is not.
         """
-        share = losses.sum() * (self.ranks.world * self.accumulation / self.config.batch_size)
+        self._nothing = 0 * losses.detach().sum()
+        share = binding(losses).sum() * (self.ranks.world * self.accumulation / self.config.batch_size)
         # DeepSpeed divides by accumulation and averages over ranks.
         self.deepspeed.backward(share)
-        self._losses.append(losses.detach().sum())
+        self._losses.append(losses.detach())
 
     def step(self) -> bool:
         """Close a micro-batch; on the last of a global batch move the weights.
@@ -123,12 +159,14 @@ class Engine:
         Returns True where the optimizer step was applied. False: not the last micro-batch, or the gradient
         was not finite and nothing was changed.
         """
+        assert not self.is_averaged, "a step in the middle of `averaged` would lose the weights"
         last = self._micro == self.accumulation - 1
         assert self.deepspeed.is_gradient_accumulation_boundary() == last, (
             "DeepSpeed counts other micro-batches"
         )
         self._micro = 0 if last else self._micro + 1
         if last:
+            self.scale.remember()
             self._set_rates()
             if self.config.engine.zero_stage == 0 and not self._clip():
                 self.deepspeed.zero_grad()
@@ -142,21 +180,23 @@ class Engine:
         return self._close(self.deepspeed.was_step_applied())
 
     def _close(self, applied: bool) -> bool:
-        self.step_loss = torch.stack(self._losses).sum() / (self.config.batch_size / self.ranks.world)
-        self._losses = []
+        share = self.config.batch_size / self.ranks.world
+        self.step_loss = torch.stack([losses.sum() for losses in self._losses]).sum() / share
+        self.losses, self._losses = self._losses, []
         if applied:
             self.step_count += 1
+            self.position += 1
             self._applied.append(self.step_loss)
         return applied
 
     def _set_rates(self) -> None:
-        """Learning rate and EMA decay of the coming step, as functions of the step alone."""
+        """Learning rate and averages' shares of the coming step, as functions of the step alone."""
         factor = optimizer.lr_factor(self.config, self.step_count)
         self.lr = self.config.peak_lr() * factor
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         if self.config.ema.enabled:
-            self.deepspeed.basic_optimizer.ema_decay = optimizer.ema_decay(self.config.ema, self.step_count)
+            self.deepspeed.basic_optimizer.shares = profiles.shares(self.config.ema, self.step_count)
 
     def _clip(self) -> bool:
         """Stage 0 clips here, because DeepSpeed tells no gradient norm there; False if it is not finite."""
@@ -167,25 +207,15 @@ class Engine:
         self.grad_norm = norm.detach()
         return bool(torch.isfinite(norm))
 
-    def explain_skip(self, ids: Tensor) -> None:
-        """After a step that was not applied: return if fp16 can try again with a smaller scale, else raise.
+    def leave_out(self, samples: list[int], until: int) -> None:
+        """Go on with the batch of position `until`; samples: those of the batch before it, by number."""
+        batches = until - self.position
+        self.left_out.append({"position": self.position, "batches": batches, "samples": samples})
+        self.position = until
 
-        ids: the samples of this rank's part of the batch.
-        """
-        every: list[Any] = [None] * self.ranks.world
-        torch.distributed.all_gather_object(every, ids.tolist())
-        samples = sorted(sum(every, []))
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        if self.config.engine.precision == "fp16" and scaler is not None and scaler.dynamic:
-            if scaler.cur_scale > self.config.engine.fp16.min_loss_scale:
-                return
-        raise UserError(
-            f"optimizer step {self.step_count} on the samples {samples}",
-            f"the gradient is not finite (mean loss {float(self.ranks.mean(self.step_loss.clone())):.6g}); "
-            "nothing was changed",
-            "look at these samples; lower optimizer.lr; or set engine.precision to bf16 or fp32. "
-            "The last checkpoint is whole",
-        )
+    def forget(self) -> None:
+        """Drop what was measured since the last log line, because its steps were undone."""
+        self._applied = []
 
     def metrics(self) -> dict[str, float]:
         """Loss, learning rate and gradient norm for the log, on all ranks together (waits for the device).
@@ -196,3 +226,12 @@ class Engine:
         loss = torch.stack(self._applied).mean()
         self._applied = []
         return {"loss": float(self.ranks.mean(loss)), "lr": self.lr, "grad_norm": float(self.grad_norm)}
+
+
+def binding(losses: Tensor) -> Tensor:
+    """The same losses (B,), with a gradient that is not finite where the loss is not.
+
+    A loss may overflow where its gradient does not, as a square does. The factor is 1 for every finite loss,
+    so that not a bit is changed, and no device is waited for.
+    """
+    return losses * (1 + 0 * losses.detach())

@@ -42,6 +42,13 @@ class Ranks:
             values = values / self.world
         return values
 
+    def gathered(self, values: list[int]) -> list[int]:
+        """The numbers of all ranks, in the order of ranks."""
+        every: list[list[int]] = [values] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, values)
+        return [value for part in every for value in part]
+
     def any(self, flag: bool) -> bool:
         """True on all ranks if it is true on one."""
         raised = torch.tensor(float(flag), device=self.device)

@@ -3,10 +3,13 @@
 import json
 import struct
 from collections.abc import Sequence
-from math import prod
+from math import lcm, prod
 from pathlib import Path
+from typing import Any
 
 from sfumato.config import Config
+from sfumato.engine.profiles import kinds
+from sfumato.errors import UserError
 from sfumato.models.folder import Facts, weight_files
 
 STATES = {"adamw": 2, "sgd": 0}
@@ -20,8 +23,22 @@ def checkpoint_bytes(config: Config, facts: Facts | None, parameters: int) -> in
 
     parameters: what learns; 0 where that is known later, and the size is not asked for.
     """
-    kept = parameters * 4 * (1 + STATES[config.optimizer.name] + config.ema.enabled)
+    kept = parameters * 4 * (1 + STATES[config.optimizer.name] + len(kinds(config.ema)))
     return kept + (export_numbers(config, facts, parameters) * BYTES[config.export.dtype] if kept else 0)
+
+
+def kept_at_once(config: Config) -> int:
+    """The most checkpoints of a run that lie on disk at once: those that stay, and one that is written."""
+    every, of = config.checkpoint.every, config.checkpoint.keep_every
+    saved = -(-config.steps // every)
+    staying = config.steps // lcm(every, of) if of else 0
+    return min(saved, staying + config.checkpoint.keep + 1)
+
+
+def snapshot_bytes(config: Config, parameters: int) -> int:
+    """The size of all copies of the averages alone that a run leaves."""
+    copies = config.steps // config.ema.snapshots if config.ema.snapshots else 0
+    return copies * parameters * 4 * len(kinds(config.ema))
 
 
 def export_numbers(config: Config, facts: Facts | None, parameters: int) -> int:
@@ -37,11 +54,15 @@ def export_numbers(config: Config, facts: Facts | None, parameters: int) -> int:
 
 
 def count(files: Sequence[Path]) -> int:
-    """The numbers in safetensors files, read from their headers only."""
+    """The numbers in safetensors files, read from their headers only. Raises UserError for other files."""
     total = 0
     for path in files:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header: Any = json.loads(file.read(length)) if length < path.stat().st_size else None
+            total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, struct.error, AttributeError, TypeError, KeyError):
+            do = "download or export it again"
+            raise UserError(f"the weights {path}", "no safetensors file, or a broken one", do) from None
     return total

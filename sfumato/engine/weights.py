@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.shards import shape_of
 from sfumato.errors import UserError
+from sfumato.models.texts import RECOUNTED, bare
 
 Files = Mapping[str, Sequence[Path]]
 """A part's name -> its safetensors; "" is the name of files whose tensors are named in full."""
-RECOUNTED = ".position_ids"
-"""Numbers from 0 on, which old files of CLIP hold as if they were weights."""
 
 
 class WeightFiles:
@@ -27,7 +26,7 @@ class WeightFiles:
         self.files, self.called = [file for several in files.values() for file in several], called
         opened = [(part, safe_open(file, "pt")) for part, several in files.items() for file in several]
         self._of = {
-            plain(f"{part}.{name}" if part else name): (file, name)
+            bare(f"{part}.{name}" if part else name): (file, name)
             for part, file in opened
             for name in file.keys()
             if not name.endswith(RECOUNTED)
@@ -37,9 +36,7 @@ class WeightFiles:
         """Refuse files whose names or shapes are not those of the module's parameters."""
         wanted = {self.name(name): shape_of(p) for name, p in module.named_parameters()}
         missing = sorted(wanted.keys() - self._of.keys())
-        surplus = sorted(
-            self._of.keys() - wanted.keys() - {plain(name) for name, _ in module.named_buffers()}
-        )
+        surplus = sorted(self._of.keys() - wanted.keys() - {bare(name) for name, _ in module.named_buffers()})
         wrong = [
             f"{name} is {found}, not {shape}"
             for name, shape in wanted.items()
@@ -55,7 +52,7 @@ class WeightFiles:
 
     def name(self, parameter: str) -> str:
         """What a parameter is called here."""
-        return plain(self.called(parameter))
+        return bare(self.called(parameter))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
@@ -66,11 +63,6 @@ class WeightFiles:
         """A slice of a parameter's flattened tensor, (length,)."""
         file, inner = self._of[self.name(name)]
         return file.get_tensor(inner).flatten()[start : start + length]
-
-
-def plain(name: str) -> str:
-    """A name without the word that transformers puts before CLIP's, depending on version and class."""
-    return name.replace(".text_model.", ".", 1)
 
 
 def starting(

@@ -1,6 +1,5 @@
 """ControlNet: a copy of the denoiser's first half learns to steer it by a second image (arXiv:2302.05543)."""
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,30 +13,20 @@ from sfumato import config, models
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.methods.method import Method, Trained
+from sfumato.models import control
+from sfumato.models.control import PART
 from sfumato.models.family import Family
-from sfumato.models.folder import STEMS, Facts, listing, read_json, safetensors
-from sfumato.models.hub import download, is_hub_id
+from sfumato.models.folder import Facts
 from sfumato.models.loading import module_dtype, quiet
 from sfumato.models.parts import Parts
 from sfumato.models.texts import Condition
 
-PART = "controlnet"
 OWN = f"{PART}.controlnet_"
 """What the names of layers begin with that the denoiser does not have."""
 EMBEDDING = f"{OWN}cond_embedding."
 """The small net that reads the second image."""
 EMBEDDED = (16, 32, 96, 256)
 """Its channels at full size and after each halving, as diffusers has them for a VAE of 8 pixels a latent."""
-SHARED = (
-    "cross_attention_dim",
-    "block_out_channels",
-    "addition_embed_type",
-    "in_channels",
-    "layers_per_block",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
-)
-"""Settings on which a ControlNet and its denoiser must agree."""
 
 
 class ControlNet(Method):
@@ -68,7 +57,7 @@ class ControlNet(Method):
     def weights(self) -> Mapping[str, Sequence[Path]]:
         """The denoiser's files, and those of a ControlNet to go on from."""
         base = super().weights()
-        return base if self.start is None else {**base, PART: weights_in(self.start)}
+        return base if self.start is None else {**base, PART: control.weights_in(self.start)}
 
     def source_name(self, name: str) -> str:
         """What a new ControlNet shares with the denoiser starts as a copy of it."""
@@ -128,30 +117,8 @@ class ControlNet(Method):
 
 
 def source(weights: str | None) -> Path | None:
-    """The folder of a ControlNet that method.weights means: itself, of a run, a pipeline or a hub id.
-
-    Raises UserError if there is none.
-    """
-    if weights is None:
-        return None
-    path, asked = Path(weights).expanduser(), f"the ControlNet {weights} (method.weights)"
-    if not path.exists() and is_hub_id(weights):
-        path = download(weights)
-    elif not path.is_dir():
-        found = "no such folder, and not of the form of a hub id, owner/name"
-        raise UserError(asked, found, "name a ControlNet's folder, a run of that kind, or a hub id")
-    for folder in (path, path / "export", path / PART):
-        file = folder / "config.json"
-        if file.is_file() and read_json(file).get("_class_name") == ControlNetModel.__name__:
-            weights_in(folder)
-            return folder
-    do = "name a folder that a ControlNetModel was saved to, or a run of that kind that has its export"
-    raise UserError(asked, f"no config.json of a ControlNetModel; it holds {listing(path)}", do)
-
-
-def weights_in(folder: Path) -> list[Path]:
-    """The safetensors of a ControlNet's folder. Raises UserError if they are missing."""
-    return safetensors(folder, STEMS["diffusers"], None)
+    """The folder of the ControlNet that method.weights means, if it is set. Raises UserError."""
+    return None if weights is None else control.find(weights, f"the ControlNet {weights} (method.weights)")
 
 
 def blank(facts: Facts, start: Path | None) -> Any:
@@ -186,21 +153,6 @@ def blank(facts: Facts, start: Path | None) -> Any:
 
 def given(facts: Facts, start: Path) -> Any:
     """The ControlNet of a folder, without numbers. Raises UserError if it does not go with the denoiser."""
-    ours, theirs = complete(UNet2DConditionModel, facts.denoiser), read_json(start / "config.json")
-    told = complete(ControlNetModel, theirs)
-    asked, do = f"the ControlNet {start} with the model {facts.folder}", "take two that belong together"
-    for key in SHARED:
-        if told[key] != ours[key]:
-            raise UserError(asked, f"it was made for {key} {told[key]}, the model has {ours[key]}", do)
-    if told["conditioning_channels"] != 3:
-        found = f"it reads images of {told['conditioning_channels']} channels"
-        raise UserError(asked, found, "take one that reads pictures, of 3 channels")
+    said = control.check_pair(start, facts.folder, facts.denoiser)
     with torch.device("meta"), quiet():
-        return ControlNetModel.from_config(theirs)
-
-
-def complete(kind: type, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with its class's defaults, lists for tuples as JSON has them."""
-    taken = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
-    whole = {name: said.get(name, parameter.default) for name, parameter in taken.items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in whole.items()}
+        return ControlNetModel.from_config(said)

@@ -32,19 +32,35 @@ class Full(Method):
             net = self.family.build_denoiser()
         return {f"{self.family.learns}.{name}": p.contiguous() for name, p in net.state_dict().items()}
 
-    def export(self, trained: Trained, folder: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> None:
-        """A whole diffusers pipeline."""
-        net: Any = self.family.build_denoiser()
-        parts = {self.family.learns: net, **(self.family.text_encoders if self.text else {})}
-        with torch.no_grad():
-            for name, numbers in trained.items():
-                part, _, inner = name.partition(".")
-                parts[part].get_parameter(inner).copy_(numbers)
-        vae = self.family.vae
+    def frame(self, folder: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> None:
+        """A diffusers pipeline without the parts that learn."""
+        family = self.family.with_text({part: self.blank(part) for part in self.text})
+        vae = family.vae
+        pipeline: Any = family.assemble(self.blank(family.learns), process)
         with quiet():
             if not (vae.config.force_upcast and dtype == torch.float16):
                 # SDXL's VAE overflows in fp16 and says so in its config: it stays fp32.
                 vae.to(dtype)
-            self.family.assemble(net.to(dtype).eval(), process).save_pretrained(
-                folder, safe_serialization=True
-            )
+            pipeline.save_config(folder)
+            for name, part in pipeline.components.items():
+                if part is not None and name not in (family.learns, *self.text):
+                    part.save_pretrained(folder / name)
+
+    def export(self, trained: Trained, folder: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> None:
+        """The parts that learn, into the pipeline."""
+        for part in (self.family.learns, *self.text):
+            net = self.blank(part)
+            names = ((inner, f"{part}.{inner}") for inner in net.state_dict())
+            # What a text encoder's answer ignores did not learn.
+            numbers = {
+                inner: (trained[name] if name in trained else self.base_weight(name)).to(dtype)
+                for inner, name in names
+            }
+            net.load_state_dict(numbers, assign=True)
+            with quiet():
+                net.eval().save_pretrained(folder / part)
+
+    def blank(self, part: str) -> Any:
+        """A part that learns, without numbers."""
+        with torch.device("meta"):
+            return self.family.build_text(part) if part in self.text else self.family.build_denoiser()

@@ -21,6 +21,7 @@ from sfumato.models.folder import Facts
 from sfumato.models.hub import is_hub_id
 from sfumato.models.loading import peft_library, quiet
 from sfumato.models.parts import Parts
+from sfumato.models.texts import bare
 
 NAME = "default"
 """peft's name for an adapter; it stands in the parameters' names."""
@@ -53,9 +54,9 @@ class LoRA(Method):
         Raises UserError for a target without any, and for a part without any.
         """
         with torch.device("meta"):
-            bare = {self.family.learns: self.family.build_denoiser(), **self.text_parts()}
-        layers = {part: [*self.layers_of(part, net)] for part, net in bare.items()}
-        found: dict[str, set[str]] = {part: set() for part in bare}
+            nets = {self.family.learns: self.family.build_denoiser(), **self.text_parts()}
+        layers = {part: [*self.layers_of(part, net)] for part, net in nets.items()}
+        found: dict[str, set[str]] = {part: set() for part in nets}
         for part, mine in layers.items():
             usual = self.family.lora_text_targets if part in self.text else self.family.lora_targets
             found[part].update(n for n in mine for t in self.rule.targets or usual if matches(t, part, n))
@@ -65,7 +66,7 @@ class LoRA(Method):
                 near = difflib.get_close_matches(target, ends, 3, 0.3) or ends[:8]
                 raise UserError(
                     f'method.targets = "{target}"',
-                    f"no linear or convolution layer of {' or '.join(bare)} is called so",
+                    f"no linear or convolution layer of {' or '.join(nets)} is called so",
                     f"their layers end in {', '.join(near)}, among others",
                 )
         for part in (part for part, names in found.items() if not names):
@@ -80,8 +81,8 @@ class LoRA(Method):
     def layers_of(self, part: str, net: nn.Module) -> Iterator[str]:
         """The names of a part's layers that an adapter can change to any effect."""
         for name, layer in net.named_modules():
-            read = name.removeprefix("text_model.")
-            if isinstance(layer, nn.Linear | nn.Conv2d) and not read.startswith(self.family.unread(part)):
+            unread = bare(name).startswith(self.family.unread(part))
+            if isinstance(layer, nn.Linear | nn.Conv2d) and not unread:
                 yield name
 
     def settings(self, part: str) -> Any:
@@ -178,7 +179,7 @@ class LoRA(Method):
                 r"(.*)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name
             ).groups()  # type: ignore[union-attr]
             part, _, inner = layer.partition(".")
-            key = f"{self.kohya_part(part)}_{inner.removeprefix('text_model.').replace('.', '_')}"
+            key = f"{self.kohya_part(part)}_{bare(inner).replace('.', '_')}"
             ends = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
             found[f"{key}.{ends.get(kind, 'dora_scale')}"] = tensor
             found[f"{key}.alpha"] = torch.tensor(self.kohya_alpha(), dtype=tensor.dtype)

@@ -14,7 +14,7 @@ from sfumato.models.denoiser import prepare
 from sfumato.models.family import Family
 from sfumato.models.folder import Facts, weight_files
 from sfumato.models.parts import Parts
-from sfumato.models.texts import Condition
+from sfumato.models.texts import Condition, bare
 
 Trained = Mapping[str, Tensor]
 """What was trained: a parameter's name -> its fp32 numbers, read when they are asked for."""
@@ -43,9 +43,10 @@ class Method:
         raise NotImplementedError
 
     def export(self, trained: Trained, folder: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> None:
-        """Write what was trained into a new folder, as its users load it. process: see Family.scheduler.
+        """Write what was trained, as its users load it, into a folder that `frame` was there before.
 
-        The method's family is changed on the way.
+        process: see Family.scheduler. It may be called in a thread beside the training, whose random numbers
+        and settings of the process it must not touch: a module is built on the meta device, and none is read.
         """
         raise NotImplementedError
 
@@ -70,6 +71,12 @@ class Method:
 
     def settle(self, parts: Parts) -> None:
         """Change how frozen parts hold their numbers, once they have them; called below ZeRO stage 3."""
+
+    def frame(self, folder: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> None:
+        """Write what no training changes of an export into a folder.
+
+        The method's family is changed on the way.
+        """
 
     def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
         """A batch -> latents (B, c, h, w) fp32, and the condition that `predict` takes."""
@@ -97,11 +104,10 @@ class Method:
     def base_weight(self, name: str) -> Tensor:
         """A tensor of the folder's files."""
         part, _, inner = name.partition(".")
-        bare = inner.removeprefix("text_model.")
         for file in self.weights()[part]:
             with safe_open(file, "pt") as tensors:
-                for said in (inner, bare, f"text_model.{bare}"):
-                    if said in tensors.keys():
+                for said in tensors.keys():
+                    if bare(said) == bare(inner):
                         return tensors.get_tensor(said)
         raise AssertionError(f"{name} is in no file")
 
@@ -117,6 +123,5 @@ class Method:
         found = {part: self.family.build_text(part) for part in self.text}
         for part, encoder in found.items():
             for name, parameter in encoder.named_parameters():
-                read = name.removeprefix("text_model.")
-                parameter.requires_grad_(not read.startswith(self.family.unread(part)))
+                parameter.requires_grad_(not bare(name).startswith(self.family.unread(part)))
         return found

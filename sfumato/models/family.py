@@ -22,7 +22,7 @@ from sfumato.errors import UserError
 from sfumato.models.attention import probe
 from sfumato.models.folder import examine, read_json
 from sfumato.models.identity import fingerprint
-from sfumato.models.latents import check_finite, draw
+from sfumato.models.latents import draw
 from sfumato.models.loading import frozen, module_dtype, quiet
 from sfumato.models.texts import Condition, Texts
 
@@ -166,22 +166,17 @@ class Family(Texts):
     # A batch for the objective.
 
     def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
-        """A batch -> latents (B, c, h, w) fp32 and its condition, in which dropped samples have the null one.
-
-        Raises UserError that names the samples whose latents are not finite.
-        """
+        """A batch -> latents (B, c, h, w) fp32 and its condition, where dropped samples have the null one."""
         return self.encode_images(batch), self.condition(batch)
 
     @torch.no_grad()
     def encode_images(self, batch: Batch) -> Tensor:
-        """A batch's latents (B, c, h, w) fp32. Raises UserError that names those that are not finite."""
+        """A batch's latents (B, c, h, w) fp32. Where they are not finite, no loss of them will be."""
         moments = batch.moments
         if moments is None:
             assert batch.pixels is not None, "a batch without pixels or moments"
             moments = self.safe_moments(batch.pixels)
-        latents = self.latents(moments.to(self.device), batch.draws.posterior)
-        check_finite(latents, batch.ids, str(self.vae_dtype).removeprefix("torch."))
-        return latents
+        return self.latents(moments.to(self.device), batch.draws.posterior)
 
     # The denoiser and the pipeline around it.
 

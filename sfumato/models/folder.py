@@ -18,6 +18,8 @@ __all__ = ["Facts", "examine", "families", "learned", "locate", "read_facts", "r
 Components = dict[str, tuple[str, str]]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+"""Well-known models by the width of their prompts' encoding, for messages."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,11 @@ def safetensors(folder: Path, stem: str, variant: str | None) -> list[Path]:
     else:
         do = "download or export the folder again"
     raise UserError(f"the weights {single}", f"no such file; {folder} holds {found}", do)
+
+
+def called(width: Any) -> str:
+    """A width of prompts' encoding, with the models that have it."""
+    return f"{width}" + (f" ({WIDTHS[width]})" if width in WIDTHS else "")
 
 
 def learned(components: Components) -> str:

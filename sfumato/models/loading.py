@@ -1,11 +1,12 @@
 """Frozen parts from a folder: safetensors only, nothing of the folder is executed, nothing is said."""
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -16,24 +17,46 @@ from transformers.utils import logging as transformers_logging
 
 from sfumato.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What settings call the numbers that a model computes with."""
+
+
+class _Quiet:
+    """What the libraries were told before the first of several threads asked for quiet."""
+
+    lock = threading.Lock()
+    inside = 0
+    before: ClassVar[list[tuple[Any, int, bool]]] = []
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it diffusers and transformers say errors only, and draw no progress bars."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    """Within it diffusers and transformers say errors only, and draw no progress bars.
+
+    Threads may be within it at the same time; the last to leave puts back what was.
+    """
+    with _Quiet.lock:
+        if not _Quiet.inside:
+            for library in (diffusers_logging, transformers_logging):
+                _Quiet.before.append((library, library.get_verbosity(), library.is_progress_bar_enabled()))
+                library.set_verbosity(logging.ERROR)
+                library.disable_progress_bar()
+        _Quiet.inside += 1
     try:
-        for library in libraries:
-            library.set_verbosity(logging.ERROR)
-            library.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        if threading.current_thread() is threading.main_thread():
+            with warnings.catch_warnings():  # of the whole process, whatever thread they come from
+                warnings.simplefilter("ignore", FutureWarning)
+                yield
+        else:
             yield
     finally:
-        for library, verbosity, bar in before:
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
+        with _Quiet.lock:
+            _Quiet.inside -= 1
+            while not _Quiet.inside and _Quiet.before:
+                library, verbosity, bar = _Quiet.before.pop()
+                library.set_verbosity(verbosity)
+                if bar:
+                    library.enable_progress_bar()
 
 
 def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device) -> Any:
@@ -46,7 +69,7 @@ def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, de
     own = (
         {"low_cpu_mem_usage": False, "torch_dtype": dtype}
         if kind.__module__.startswith("diffusers")
-        else {"dtype": dtype}
+        else {"dtype": dtype, "trust_remote_code": False}  # unset, it would ask whoever sits there
     )
     try:
         with quiet():

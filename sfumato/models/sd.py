@@ -19,7 +19,7 @@ from sfumato.models import prompts as text
 from sfumato.models.family import Family
 from sfumato.models.loading import quiet, tokenizer
 from sfumato.models.texts import Condition, check_width
-from sfumato.models.vocabulary import write_tokenizer
+from sfumato.models.vocabulary import drop_copy, write_tokenizer
 
 
 class StableDiffusion(Family):
@@ -74,6 +74,7 @@ class StableDiffusion(Family):
                 requires_safety_checker=False,
             )
             pipeline.save_pretrained(folder)
+        drop_copy(folder / "tokenizer")
 
 
 def tiny_vae(**settings: Any) -> AutoencoderKL:

@@ -20,7 +20,7 @@ from sfumato.models.folder import read_json
 from sfumato.models.loading import quiet, tokenizer
 from sfumato.models.sd import tiny_clip, tiny_unet, tiny_vae
 from sfumato.models.texts import Condition, check_width
-from sfumato.models.vocabulary import write_tokenizer
+from sfumato.models.vocabulary import drop_copy, write_tokenizer
 
 
 class SDXL(Family):
@@ -119,6 +119,8 @@ class SDXL(Family):
                 add_watermarker=False,
             )
             pipeline.save_pretrained(folder)
+        for name in ("tokenizer", "tokenizer_2"):
+            drop_copy(folder / name)
 
 
 FAMILY = SDXL

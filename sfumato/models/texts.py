@@ -1,6 +1,7 @@
 """How prompts become conditions: a family's tokenizers and text encoders, frozen or learning."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,16 @@ from sfumato.models.folder import Facts, read_json
 from sfumato.models.loading import frozen, quiet, tokenizer
 
 Condition = dict[str, Tensor]
+RECOUNTED = ".position_ids"
+"""Numbers from 0 on, which old files of CLIP hold as if they were weights."""
+
+
+def bare(name: str) -> str:
+    """A tensor's name, after its part's name or alone, without the word that transformers puts before CLIP's.
+
+    Whether it does depends on its version and the class.
+    """
+    return re.sub(r"^([^.]+\.)?text_model\.", r"\1", name)
 
 
 class Texts:

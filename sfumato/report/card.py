@@ -38,7 +38,7 @@ def write(
 ) -> None:
     """Write the card of an export into its folder.
 
-    state: of the checkpoint, as state.json says. facts: as sfumato.json says. run: the run's folder, whose
+    state: of the checkpoint, as its manifest says. facts: as sfumato.json says. run: the run's folder, whose
     curve and previews up to the checkpoint's step are shown; unset: none are.
     """
     shown = []
@@ -108,7 +108,7 @@ def intro(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]) ->
     name = f"[{base}](https://huggingface.co/{base})" if on_hub(base) else plain(short(base))
     of = f"{state['step']:,}" + (f" of {config.steps:,}" if config.steps != state["step"] else "")
     begin = "from random numbers, beside the frozen parts of" if config.model.from_scratch else "on"
-    kept = "the average over training" if facts["weights"] == "ema" else "what it was at the end"
+    kept = "the average over training" if facts["weights"] != "weight" else "what it was at the end"
     lines = [
         f"{KINDS[config.method.kind]} was trained {begin} {name} for {of} steps with Sfumato "
         f"{facts['sfumato']}. Kept was {kept}."
@@ -177,7 +177,7 @@ def data_line(config: Config, state: Mapping[str, Any]) -> str:
     """How many images, from where, and what tells whether others have the same."""
     names = ", ".join(dict.fromkeys(literal(short(layout.source)) for layout in config.data.layouts))
     count = f"{state['records']:,} images of {names}" if "records" in state else names
-    seen = state["step"] * config.batch_size
+    seen = state["samples"]
     return f"Data: {count}; {seen:,} samples were seen. Fingerprint: {literal(str(state['data']))}.\n"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -50,7 +51,7 @@ class Progress:
         if not first:
             return
         cut_after(path, start)
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("a", encoding="utf-8")
         self.console = console or Console()
         live = self.console.is_terminal and not self.console.is_dumb_terminal
         # Refreshed by us alone: a thread of its own would be copied, half alive, into the loader's workers.
@@ -58,7 +59,16 @@ class Progress:
         if self.live is not None:
             self.live.start()
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def back_to(self, step: int) -> None:
+        """Forget the steps after `step`, which were undone; nothing happens if there are none."""
+        if not self.first or step >= self.last_step:
+            return
+        self.file.close()
+        cut_after(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.last_step = step
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Tell the metrics of `step`, the number of applied optimizer steps; each is one line of the file.
 
         Known to the console are loss, lr and grad_norm; others go to the file alone. From "data_seconds", the
@@ -160,9 +170,9 @@ def step_of(line: str) -> int | None:
         return None
 
 
-def finite(value: float) -> float | None:
-    """The number, or None in place of what JSON cannot say."""
-    return value if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """The value, or None in place of a number that JSON cannot say."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rates(images: int, seconds: float, data_seconds: float | None) -> dict[str, float]:

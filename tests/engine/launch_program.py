@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from sfumato import cli, launch
 from sfumato.errors import UserError
+from sfumato.watch import Watch
 
 
 def barrier() -> None:
@@ -29,6 +32,36 @@ def sleep_for_ever() -> None:
     )
     print("sleeping", flush=True)
     time.sleep(600)
+
+
+def save(number: int) -> None:
+    time.sleep(0.5)
+    print("saved", number, flush=True)
+    os._exit(75)
+
+
+def fail_to_save(rank: int) -> None:
+    if rank == 1:
+        raise UserError("to save", "no room", "make some")
+    os._exit(75)
+
+
+def stuck() -> None:
+    time.sleep(600)
+
+
+def train(case: str, rank: int) -> None:
+    """Beat as the loop does; rank 1 ends its third step in some way, and rank 0 waits for it."""
+    ranks: Any = SimpleNamespace(rank=rank, world=2)  # the real one would import torch
+    with Watch(ranks, 600 if case == "dies" else 2) as watch:
+        for step in range(3):
+            watch.beat(step, "waiting for data")
+            if step == 2 and rank == 1:
+                if case == "hangs":
+                    stuck()
+                os.kill(os.getpid(), signal.SIGSTOP if case == "frozen" else signal.SIGKILL)
+            watch.beat(step, "training")
+        time.sleep(600)
 
 
 def work(case: str, rank: int) -> int:
@@ -52,9 +85,17 @@ def work(case: str, rank: int) -> int:
         barrier()
     elif case == "segfault" and rank == 1:
         ctypes.string_at(0)
-    elif case == "saves":
-        signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(0)))
+    elif case == "saves" or case == "one-stops" and rank == 0:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: save(number))
         sleep_for_ever()
+    elif case == "one-stops":
+        return 75
+    elif case == "cannot-save":
+        signal.signal(signal.SIGTERM, lambda *_: fail_to_save(rank))
+        sleep_for_ever()
+    elif case in ("hangs", "frozen", "dies"):
+        train(case, rank)
     elif case == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sleep_for_ever()

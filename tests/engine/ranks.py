@@ -143,7 +143,7 @@ def _stack(process: Any, scratch: Path, rank: int) -> str:
     """Ask a hanging rank for its Python stacks."""
     file = scratch / f"stack-{rank}"
     try:
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, signal.SIGUSR2)
     except ProcessLookupError:
         return "(the process is gone)"
     end = time.monotonic() + 2
@@ -158,7 +158,7 @@ def _rank(pipe: Connection, call: bytes, place: tuple[int, int, int, str, float,
     rank, world, port, scratch, timeout, init = place
     as_users_start_it()
     with open(Path(scratch) / f"stack-{rank}", "w") as stack:
-        faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, stack, all_threads=True)
         threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)

@@ -11,11 +11,19 @@ from torch import Tensor
 
 from sfumato.config import parse
 from sfumato.engine import checkpoint
-from sfumato.models import family_class
+from tests.unit import twins
 
 
 def write_model(family: str, folder: Path) -> Path:
-    family_class(family).tiny(folder)
+    """A family's toy twin, which may be spoilt."""
+    return twins.write(family, folder)
+
+
+def write_place(folder: Path, *families: str) -> Path:
+    """What most runs begin with: toy models of the families, and `pictures`."""
+    for family in families:
+        write_model(family, folder / family)
+    write_pictures(folder / "pictures")
     return folder
 
 

@@ -19,9 +19,10 @@ import torch
 
 from sfumato import export as exports
 from sfumato import models
-from sfumato.config import parse
+from sfumato.config import Config, parse
 from sfumato.engine import checkpoint, size
 from sfumato.errors import UserError
+from sfumato.models.family import Family
 from sfumato.models.folder import examine, weight_files
 from tests.engine import runs
 from tests.engine.ranks import fork_server, run_ranks
@@ -109,19 +110,23 @@ def bare(left: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(left["without"] / "checkpoints" / "step-000002", tmp_path / ".step-2.part"))
 
 
-def put_into(folder: Path, tell: Callable[[str], None]) -> tuple[Callable[[Path], None], Any]:
+def put_into(folder: Path, tell: Callable[[str], None]) -> Callable[[Path], None]:
+    config, family = config_of(folder)
+    return exports.inside(config, family, tell)
+
+
+def config_of(folder: Path) -> tuple[Config, Family]:
     config = parse(checkpoint.Saved(folder).state["config"])
-    family = models.load(config.model, CPU, torch.float32, torch.float32)
-    return exports.inside(config, family, tell), family
+    return config, models.load(config.model, CPU, torch.float32, torch.float32)
 
 
 def check_undisturbed(folder: Path) -> None:
     """Fail unless making an export leaves all random numbers and the live parts as they are."""
-    put, family = put_into(folder, pytest.fail)
+    config, family = config_of(folder)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     parts = {name: id(part) for name, part in family.parts().items()} | {"vae": id(family.vae)}
     numbers = [p.clone() for p in family.vae.parameters()]
-    put(folder)
+    exports.inside(config, family, pytest.fail)(folder)
     assert (folder / "export" / "sfumato.json").is_file()
     assert torch.equal(torch.get_rng_state(), before[0]), "random numbers of torch were used"
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
@@ -134,7 +139,13 @@ def test_it_disturbs_nothing(bare: Path) -> None:
 
 
 def test_random_numbers_that_it_uses_are_caught(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: contextlib.nullcontext())
+    write = exports.write
+
+    def drawing(*args: Any) -> None:
+        torch.rand(1)  # as a module does that is built with random numbers
+        write(*args)
+
+    monkeypatch.setattr(exports, "write", drawing)
     with pytest.raises(AssertionError, match="random numbers"):
         check_undisturbed(bare)
 
@@ -152,12 +163,14 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_without_room_the_checkpoint_stays_and_is_told_once(bare: Path) -> None:
     told: list[str] = []
-    put, _ = put_into(bare, told.append)
+    put = put_into(bare, told.append)
     with files_of_at_most(30_000):
         put(bare)
         put(bare)
     assert len(told) == 1 and "step-2" in told[0] and "no export" in told[0], told
-    assert sorted(path.name for path in bare.iterdir() if not path.name.startswith("rank")) == ["state.json"]
+    assert sorted(path.name for path in bare.iterdir() if not path.name.startswith("rank")) == [
+        "manifest.json"
+    ]
     put(bare)
     check_export(bare / "export", 2, checkpoint.Saved(bare))
 

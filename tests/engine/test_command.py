@@ -12,7 +12,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from sfumato.models import family_class
+from sfumato.cli import main
+from tests.unit import twins
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -34,7 +35,7 @@ every = 1
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with toy weights, eight pictures, and a config that is too long for any test to finish."""
     folder = tmp_path_factory.mktemp("place")
-    family_class("sd").tiny(folder / "weights")
+    twins.write("sd", folder / "weights")
     (folder / "images").mkdir()
     for number in range(8):
         Image.new("RGB", (64, 64), (number * 30, 100, 0)).save(folder / "images" / f"{number}.png")
@@ -96,7 +97,7 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.timeout(900)
-def test_killed_stopped_resumed_and_drawn(place: Path) -> None:
+def test_killed_stopped_resumed_and_drawn(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = sfumato(place, "train", "run.toml", "--gpus", "2")
     wait_for_checkpoint(place, first, 0)
     family = psutil.Process(first.pid).children(recursive=True)
@@ -111,8 +112,9 @@ def test_killed_stopped_resumed_and_drawn(place: Path) -> None:
     wait_for_checkpoint(place, second, reached)
     second.send_signal(signal.SIGINT)
     _, err = second.communicate(timeout=60)
-    assert second.returncode == 128 + signal.SIGINT
-    assert "Traceback" not in err
+    assert second.returncode == CONTINUE, err
+    assert "Traceback" not in err and "SIGINT came" in err
+    assert max(checkpoints(place)) >= reached
 
     # One rank takes over from two.
     reached = max(checkpoints(place))
@@ -128,9 +130,10 @@ def test_killed_stopped_resumed_and_drawn(place: Path) -> None:
     assert drawn.returncode == 0, err
     assert all((place / path).is_file() for path in out.splitlines()) and len(out.splitlines()) == 2
 
-    exported = sfumato(place, "export", "runs/whole", "--to", "again", "--dtype", "bf16")
-    out, err = exported.communicate(timeout=PATIENCE)
-    assert (exported.returncode, out) == (0, "again\n"), err
+    # Not as a process, which test_upload starts with this verb.
+    monkeypatch.chdir(place)
+    assert main(["export", "runs/whole", "--to", "again", "--dtype", "bf16"]) == 0
+    assert (place / "again" / "model_index.json").is_file()
 
 
 @pytest.mark.timeout(600)
@@ -141,6 +144,6 @@ def test_one_process_ends_with_ctrl_c(place: Path) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
-    assert "Traceback" not in err, err
+    assert process.returncode == CONTINUE, err
+    assert "Traceback" not in err and "which is saved" in err, err
     assert not psutil.wait_procs(family, timeout=10)[1], "a loader worker is left over"

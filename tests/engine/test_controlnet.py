@@ -171,7 +171,7 @@ def test_stopped_and_resumed_is_never_stopped_to_the_bit(place: Path) -> None:
     word = {"kind": "textual_inversion", "word": "<w>", "like": "cat"}
     jobs = []
     for method in ({"kind": "controlnet"}, word):
-        for name, steps in (("straight", 4), ("halves", 2), ("halves", 4)):
+        for name, steps in (("straight", 2), ("halves", 1), ("halves", 2)):
             values = settings(place, f"{method['kind']}-{name}", optimizer__lr=1e-2, steps=steps)
             values["data"]["caption_prefix"] = "<w>, "
             jobs.append(values | {"method": method})
@@ -181,4 +181,4 @@ def test_stopped_and_resumed_is_never_stopped_to_the_bit(place: Path) -> None:
             one, other = runs.tensors_of(straight, kind), runs.tensors_of(resumed, kind)
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
         losses = [[line["loss"] for line in runs.metrics(run)] for run in (straight, resumed)]
-        assert losses[0] == losses[1] and len(losses[0]) == 4
+        assert losses[0] == losses[1] and len(losses[0]) == 2

@@ -135,15 +135,56 @@ def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
     assert "Traceback" not in err
 
 
-def test_ranks_may_save_before_they_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "passed"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1,) * 2])
+def test_ranks_may_save_before_they_end(tmp_path: Path, number: int, passed: int) -> None:
+    """They are told once, even if we are told twice at once, as a rank of Slurm's is; their 75 is ours."""
     process = begin("saves", tmp_path)
     sleeping(process, tmp_path)
-    while "sleeping" not in (tmp_path / "rank-1.log").read_text():
-        time.sleep(0.05)
+    process.send_signal(number)
+    time.sleep(0.2)
+    process.send_signal(number)
+    code, out, err = finish(process, 10)
+    assert (code, out) == (75, f"saved {passed}\n")
+    assert f"saved {passed}" in (tmp_path / "rank-1.log").read_text()
+    assert ("they have 600 s to save" in err) == (number == signal.SIGTERM)
+
+
+def test_one_rank_that_stops_stops_all(tmp_path: Path) -> None:
+    code, out, _ = finish(begin("one-stops", tmp_path))
+    assert (code, out) == (75, f"sleeping\nsaved {signal.SIGTERM}\n")
+
+
+def test_a_save_that_fails_is_not_hidden_by_the_stop(tmp_path: Path) -> None:
+    process = begin("cannot-save", tmp_path)
+    sleeping(process, tmp_path)
     process.send_signal(signal.SIGTERM)
-    code, out, _ = finish(process, 10)
-    assert (code, out) == (128 + signal.SIGTERM, "saved\n")
-    assert "saved" in (tmp_path / "rank-1.log").read_text()
+    code, _, err = finish(process, 10)
+    assert code == 2
+    assert "found: no room" in err
+
+
+def test_a_rank_that_dies_is_told_with_its_last_step(tmp_path: Path) -> None:
+    code, _, err = finish(begin("dies", tmp_path))
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 of 2 was killed by SIGKILL" in err
+    assert "at step 2, waiting for data; its log is" in err
+
+
+def test_a_rank_that_hangs_ends_all(tmp_path: Path) -> None:
+    """It is named with its step and its place in the code, though rank 0 is as still as it."""
+    code, _, err = finish(begin("hangs", tmp_path))
+    assert code == 1
+    assert "rank 1 of 2 hangs at step 2, waiting for data: it is in stuck, " in err
+    assert "others wait: rank 0 at step 2, training" in err
+    assert "engine.timeout = 2 s are over" in err
+    assert "in stuck" in (tmp_path / "rank-1.log").read_text()
+    assert "in train" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_a_stopped_process_ends_all(tmp_path: Path) -> None:
+    code, _, err = finish(begin("frozen", tmp_path))
+    assert code == 1
+    assert "rank 1 of 2 hangs at step 2, waiting for data: its process is stopped (SIGSTOP)" in err
 
 
 def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
@@ -175,7 +216,7 @@ def test_a_closed_pipe_does_not_stop_a_run(tmp_path: Path) -> None:
     process.stdout.close()
     process.send_signal(signal.SIGTERM)
     process.stderr.read()
-    assert process.wait(10) == 128 + signal.SIGTERM
+    assert process.wait(10) == 75
     assert "saved" in (tmp_path / "rank-0.log").read_text()
     check_nothing_left()
 

@@ -14,6 +14,9 @@ from sfumato import methods, models
 from sfumato.config import parse
 from sfumato.engine import checkpoint
 from sfumato.errors import UserError
+from sfumato.export import export as export_again
+from sfumato.methods.lora import LoRA
+from sfumato.methods.method import Trained
 from sfumato.models.quantized import quantize
 from tests.engine import runs, toys
 from tests.engine.ranks import run_ranks
@@ -27,15 +30,11 @@ RULES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lora")
-    for family in ("sd", "sdxl"):
-        runs.write_model(family, folder / family)
-    runs.write_pictures(folder / "pictures")
-    return folder
+    return runs.write_place(tmp_path_factory.mktemp("lora"), "sd", "sdxl")
 
 
 def settings(place: Path, family: str, rule: str, name: str, **changes: Any) -> dict[str, Any]:
-    values = runs.settings(place, family, name=name, optimizer__lr=1e-2, **changes)
+    values = runs.settings(place, family, name=name, **{"optimizer__lr": 1e-2, "steps": 2} | changes)
     return values | {"method": {"kind": "lora"} | RULES[rule]}
 
 
@@ -119,6 +118,20 @@ def test_t13_stock_pipelines_load_both_files(place: Path, family: str) -> None:
             assert (unet_answer(pipeline.unet) - expected).abs().max() < 1e-5
 
 
+def test_an_export_that_leaves_something_out_is_caught(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forgetful(LoRA):
+        def export(self, trained: Trained, *where: Any) -> None:
+            super().export({name: trained[name] for name in [*trained][1:]}, *where)
+
+    [run] = train([settings(place, "sd", "plain", "forgetful", steps=1, ema__enabled=False)])
+    monkeypatch.setitem(methods.METHODS, "lora", Forgetful)
+    with pytest.raises(AssertionError, match="the export left out"):
+        export_again(run.parent, tmp_path / "again", anew=True)
+    assert not (tmp_path / "again").exists()
+
+
 def test_t13_catches_a_scale_that_is_lost(place: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -136,7 +149,7 @@ def test_every_stage_learns_the_same_and_resumes(place: Path) -> None:
         [settings(place, "sd", rule, f"one-{rule}", engine__zero_stage=0) for rule in ("plain", "dora")]
     )
     jobs = [settings(place, "sd", "plain", f"two-{stage}", engine__zero_stage=stage) for stage in (1, 2, 3)]
-    halves = [settings(place, "sd", "dora", "half", steps=steps, engine__zero_stage=2) for steps in (2, 4)]
+    halves = [settings(place, "sd", "dora", "half", steps=steps, engine__zero_stage=2) for steps in (1, 2)]
     *others, _, resumed = train([*jobs, *halves], 2)
     assert all("lora_" in name for name in runs.tensors_of(one.parent)), "the checkpoint holds what is frozen"
     for expected, export in (*((one, other) for other in others), (dora, resumed)):

@@ -245,58 +245,6 @@ def test_schedules_equal_diffusers(name: str) -> None:
         theirs.step()
 
 
-def all_skipped(every: list[Any], bad_step: int, steps: int) -> list[dict[str, Any]]:
-    return [skipped(settings, bad_step, steps) for settings in every]
-
-
-def skipped(settings: Any, bad_step: int, steps: int) -> dict[str, Any]:
-    """Train with a planted infinity in one rank's loss at `bad_step`."""
-    engine = toys.make(settings)
-    while engine.step_count < bad_step:
-        toys.one_step(engine, engine.step_count)
-    before = toys.checkpoint.own_tensors(engine)
-    applied = True
-    for m in range(engine.accumulation):
-        rows = slice(m * engine.config.micro_batch_size, (m + 1) * engine.config.micro_batch_size)
-        losses = toys.losses_of(engine, rows, bad_step, engine.dtype)
-        engine.backward(losses * (float("inf") if engine.ranks.rank == 1 and m == 0 else 1.0))
-        applied = engine.step()
-    after = toys.checkpoint.own_tensors(engine)
-    message = ""
-    try:
-        engine.explain_skip(torch.tensor([engine.ranks.rank]))
-    except ValueError as error:
-        message = str(error)
-    same = all(torch.equal(before[key], after[key]) for key in before)
-    count = engine.step_count
-    rates = []
-    while engine.step_count < steps:
-        assert toys.one_step(engine, engine.step_count)
-        rates.append(engine.lr)
-    return {"rates": rates, "applied": applied, "same": same, "message": message, "count": count,
-            "tensors": toys.checkpoint.own_tensors(engine)}  # fmt: skip
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(precision: str) -> None:
-    every = [
-        toys.config(engine__zero_stage=stage, engine__precision=precision,
-                    micro_batch_size=2, optimizer__name="adamw",
-                    optimizer__lr=1e-3, optimizer__schedule="linear", ema__enabled=True)
-        for stage in range(4)
-    ]  # fmt: skip
-    planted = [list(r) for r in zip(*run_ranks(all_skipped, 2, every, 2, 4, timeout=200), strict=True)]
-    clean = toys.on_ranks(2, [(settings, 4) for settings in every])
-    for results, undisturbed in zip(planted, clean, strict=True):
-        for result in results:
-            assert not result["applied"] and result["same"] and result["count"] == 2
-            # T16: the skipped step does not count, so the rate goes on where it was.
-            assert result["rates"] == pytest.approx([1e-3 * (1 - step / 100) for step in (2, 3)])
-            assert "samples [0, 1]" in result["message"] and "step 2" in result["message"]
-        for kind in ("weight", "ema", "exp_avg"):
-            assert toys.distance(toys.joined(results, kind), toys.joined(undisturbed, kind)) == 0
-
-
 def test_ema_is_the_recursion_over_the_masters() -> None:
     """T2: against float64, whatever the accumulation; it starts from the weights before the first step."""
     for micro in (4, 1):

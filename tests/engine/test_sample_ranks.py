@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sfumato import models
 from sfumato.drawing import draw as drawing
 from sfumato.drawing import pipelines
 from sfumato.drawing.request import Sampling, shots
 from sfumato.engine import ranks  # noqa: F401 - keeps DeepSpeed from compiling an operator for minutes
 from sfumato.sample import Place, Request, sample
 from tests.engine.ranks import RankError, run_ranks
+from tests.unit import twins
 from tests.unit.toy_drawing import write_control, write_lora, write_mask, write_picture
 
 QUICK = Sampling(steps=2, guidance=3.0, size=32)
@@ -88,7 +88,7 @@ def unequally_often(folder: Path) -> list[Picture]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("tiny") / "sd"
-    models.family_class("sd").tiny(path)
+    twins.write("sd", path)
     return path
 
 

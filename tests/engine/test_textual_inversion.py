@@ -23,11 +23,7 @@ PROMPT = "a house like <new>"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    for family in ("sd", "sdxl"):
-        runs.write_model(family, folder / family)
-    runs.write_pictures(folder / "pictures")
-    return folder
+    return runs.write_place(tmp_path_factory.mktemp("words"), "sd", "sdxl")
 
 
 def settings(place: Path, name: str, family: str = "sd", **changes: Any) -> dict[str, Any]:

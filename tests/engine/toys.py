@@ -20,17 +20,18 @@ GLOBAL = 8  # samples per optimizer step
 
 
 def unet() -> UNet2DConditionModel:
+    """Convolutions, skips and attention to a text, in few tensors: stage 3 costs time for each of them."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(16, 32),
+        block_out_channels=(16,),
         norm_num_groups=8,
         cross_attention_dim=16,
         attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
     )
 
 
@@ -50,7 +51,8 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inputs (8, 4, 8, 8), timesteps (8,), text (8, 5, 16) and targets of a step, all different."""
     draw = torch.Generator().manual_seed(1000 + step)
     x, target = (torch.randn(GLOBAL, 4, 8, 8, generator=draw) for _ in range(2))
-    return x, torch.arange(GLOBAL) * 100.0, torch.randn(GLOBAL, 5, 16, generator=draw), target
+    # Far targets make a gradient longer than 1, which DeepSpeed's default would clip.
+    return x, torch.arange(GLOBAL) * 100.0, torch.randn(GLOBAL, 5, 16, generator=draw), 2 * target
 
 
 def losses_of(net: Any, rows: slice, step: int, dtype: torch.dtype) -> Tensor:
@@ -109,15 +111,6 @@ def run(settings: Config, steps: int, save: Path | None = None, resume: Path | N
     if save is not None:
         told["path"] = checkpoint.save(engine, save, {}, keep=2)
     return told | {"tensors": checkpoint.own_tensors(engine)}
-
-
-def steps_despite_overflow(settings: Config, steps: int) -> int:
-    """Train as the loop does, trying a skipped step again; the steps that were applied."""
-    engine = make(settings)
-    while engine.step_count < steps:
-        while not one_step(engine, engine.step_count):
-            engine.explain_skip(torch.arange(GLOBAL))
-    return engine.step_count
 
 
 def run_all(jobs: list[tuple[Config, int]]) -> list[dict[str, Any]]:

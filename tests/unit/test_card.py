@@ -16,7 +16,7 @@ from sfumato.report import card, public
 from sfumato.report.curve import bounds, curve, label, smoothed, thinned, ticks
 
 NASTY = "a `b` | c <script>alert(1)</script>\n---\nlicense: [x](javascript:1)\n\n# big \u202eback ![i](u) 😀"
-STATE = {"step": 20, "data": "abc123", "records": 7}
+STATE = {"step": 20, "samples": 40, "data": "abc123", "records": 7}
 
 
 def settings(place: Path, **changes: Any) -> config.Config:

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from sfumato import config, methods, models
 from sfumato.models.loading import quiet
 from sfumato.report import card
+from tests.unit import twins
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("code")
     for family in ("sd", "sdxl"):
-        models.family_class(family).tiny(folder / family)
+        twins.write(family, folder / family)
     return folder
 
 

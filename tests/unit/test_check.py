@@ -12,7 +12,7 @@ from sfumato import config
 from sfumato.check import check, count
 from sfumato.engine.ds_keys import DEEPSPEED_KEYS
 from sfumato.errors import UserError
-from sfumato.models import family_class
+from tests.unit import twins
 
 Settings = dict[str, Any]
 
@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "sd"
-    family_class("sd").tiny(folder)
+    twins.write("sd", folder)
     return folder
 
 

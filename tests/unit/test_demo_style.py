@@ -1,5 +1,6 @@
 """The style distance sees how things are drawn and not what; the shipped base is what is claimed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfumato.demo import emoji, measure
+from sfumato.demo import emoji, measure, run
 from sfumato.demo.run import SHIPPED, demo, real
 
 
@@ -45,8 +46,11 @@ def test_the_shipped_weights_fit_in_20_mb() -> None:
     assert len(files) == 3 and sum(file.stat().st_size for file in files) <= 20e6
 
 
-def test_the_demo_runs_and_its_base_draws_what_it_is_asked(tmp_path: Path) -> None:
-    """Two steps of training only: what tuning does is shown by the demo itself, not here."""
+def test_the_demo_runs_and_its_base_draws_what_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of training and few of drawing: what tuning does is shown by the demo itself, not here."""
+    monkeypatch.setattr(run, "SAMPLING", replace(run.SAMPLING, steps=8))
     result = demo(tmp_path, overrides=("steps=2", "optimizer.warmup_steps=0"))
     assert result.picture.is_file()
     assert result.own >= 16, f"{result.own} of {emoji.PROMPTS} base drawings are nearest to their own image"

@@ -25,6 +25,7 @@ from sfumato.drawing.pictures import Drawing
 from sfumato.drawing.request import Sampling, Shot, shots
 from sfumato.drawing.words import words
 from sfumato.errors import UserError
+from tests.unit import twins
 
 QUICK = Sampling(steps=2, guidance=3.0)
 START = "a red fox beside a house " * 13  # 78 tokens
@@ -34,14 +35,14 @@ Draw = Callable[..., list[Drawing]]
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("tiny") / request.param
-    models.family_class(request.param).tiny(path)
+    twins.write(request.param, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("tiny") / "sd"
-    models.family_class("sd").tiny(path)
+    twins.write("sd", path)
     return path
 
 

@@ -12,9 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import DPTConfig, DPTForDepthEstimation
 
-from sfumato import models
 from sfumato.drawing import pictures, sources
 from sfumato.drawing.depth import estimator
 from sfumato.drawing.draw import draw
@@ -23,7 +21,8 @@ from sfumato.drawing.pipelines import open_pipeline
 from sfumato.drawing.request import Sampling, shots
 from sfumato.errors import UserError
 from sfumato.sample import Request, sample
-from tests.unit.toy_drawing import write_control, write_lora, write_mask, write_picture
+from tests.unit import twins
+from tests.unit.toy_drawing import write_control, write_depth_model, write_lora, write_mask, write_picture
 
 QUICK = Sampling(steps=2, guidance=3.0, size=32)
 LONG = "a red fox beside a house " * 13  # 78 tokens
@@ -33,7 +32,7 @@ LONG = "a red fox beside a house " * 13  # 78 tokens
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base, control, two LoRAs, pictures, and a run of each kind around them."""
     root: Path = tmp_path_factory.mktemp("toys")
-    models.family_class("sd").tiny(root / "base")
+    twins.write("sd", root / "base")
     write_control(root / "control", root / "base")
     write_lora(root / "a.safetensors", root / "base", 1)
     write_lora(root / "b.safetensors", root / "base", 2)
@@ -285,7 +284,7 @@ def write_words(place: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_learned_words_of_sdxl(tmp_path: Path) -> None:
     """One file for both encoders; where the family reads the prompts the word is as many tokens."""
-    models.family_class("sdxl").tiny(tmp_path / "base")
+    twins.write("sdxl", tmp_path / "base")
     words = {"clip_l": vectors(1), "clip_g": vectors(2)}
     run = write_run(
         tmp_path / "run",
@@ -355,25 +354,6 @@ def test_figures_of_speed(toys: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists(), "pictures were written"
     with pytest.raises(UserError, match="it is there already"):
         sample(request)
-
-
-def write_depth_model(folder: Path) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
-        DPTForDepthEstimation(
-            DPTConfig(
-                **sizes,
-                image_size=32,
-                patch_size=8,
-                backbone_out_indices=[0, 1, 2, 3],
-                fusion_hidden_size=16,
-                neck_hidden_sizes=[8, 8, 16, 16],
-            )  # fmt: skip
-        ).save_pretrained(folder)
-    settings = {"image_processor_type": "DPTImageProcessor", "size": {"height": 32, "width": 32}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def test_depth_is_estimated(toys: Path, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato import models
 from sfumato.drawing import emphasis, pipelines
 from sfumato.drawing.draw import draw
 from sfumato.drawing.request import Sampling, shots
 from sfumato.drawing.words import encoded, encoders_of
 from sfumato.errors import UserError
+from tests.unit import twins
 
 HOW = Sampling(steps=2, guidance=5.0, size=32)
 LONG = "a red fox beside a house " * 13  # 78 tokens
@@ -25,7 +25,7 @@ Toy = tuple[Any, Any]
 def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """A pipeline and its family with a window of 150 tokens."""
     folder: Path = tmp_path_factory.mktemp("toy") / request.param
-    models.family_class(request.param).tiny(folder)
+    twins.write(request.param, folder)
     return pipelines.open_pipeline(folder, "cpu", torch.float32, 150)
 
 

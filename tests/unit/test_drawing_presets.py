@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sfumato import cli, models
+from sfumato import cli
 from sfumato.config import PRESETS
 from sfumato.errors import UserError
 from sfumato.grammar import parse
-from tests.unit.test_drawing_command import write_depth_model
-from tests.unit.toy_drawing import write_control, write_lora, write_picture
+from tests.unit import twins
+from tests.unit.toy_drawing import write_control, write_depth_model, write_lora, write_picture
 
 NAMES = ("sdxl-draw", "sdxl-draw-lora", "sdxl-draw-controlnet", "sdxl-draw-depth")
 QUICK = ("--steps", "2", "--size", "32", "--seeds", "3", "--dtype", "fp32")
@@ -19,7 +19,7 @@ QUICK = ("--steps", "2", "--size", "32", "--seeds", "3", "--dtype", "fp32")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawing")
-    models.family_class("sdxl").tiny(folder / "sdxl")
+    twins.write("sdxl", folder / "sdxl")
     write_lora(folder / "runs" / "sdxl-lora" / "pytorch_lora_weights.safetensors", folder / "sdxl")
     write_control(folder / "control", folder / "sdxl")
     write_depth_model(folder / "depth")

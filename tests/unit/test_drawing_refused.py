@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from sfumato import cli, models
+from sfumato import cli
 from sfumato import sample as work
 from sfumato.drawing import pipelines, sources
 from sfumato.drawing.options import sampling_options
 from sfumato.errors import UserError
 from sfumato.grammar import parse
+from tests.unit import twins
 from tests.unit.toy_drawing import write_control, write_lora, write_mask, write_picture
 
 Change = Callable[[Path], list[str]]
@@ -26,7 +28,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bases, a ControlNet and a LoRA of each, and pictures of several sizes."""
     root: Path = tmp_path_factory.mktemp("toys")
     for family in ("sd", "sdxl"):
-        models.family_class(family).tiny(root / family)
+        twins.write(family, root / family)
         write_control(root / f"{family}-control", root / family)
         write_lora(root / f"{family}.safetensors", root / family)
     wide = json.loads((root / "sd/unet/config.json").read_text()) | {"block_out_channels": [32, 96]}
@@ -132,6 +134,32 @@ def test_a_mistake_is_told_before_work_starts(
     assert not loaded, "weights were loaded before the mistake was found"
     assert sorted(path for path in toys.rglob("*")) == before, "something was written"
     assert capsys.readouterr().out == ""
+
+
+def without_a_tensor(toys: Path, part: str, folder: Path) -> Path:
+    """The toy with one tensor left out of a part's file."""
+    shutil.copytree(toys / "sd", folder)
+    [file] = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop(sorted(tensors)[-1])
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_lack_a_tensor_draw_nothing(toys: Path, tmp_path: Path, part: str) -> None:
+    folder = without_a_tensor(toys, part, tmp_path / "sd")
+    words = ["sample", str(folder), "p", "--steps", "2", "--size", "32", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=rf"{part}(.|\n)*its file lacks 1 of the weights"):
+        work.sample(work.request_of(parse(words)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_missing_tensor_catches(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken variant: diffusers alone fills the gap with what lies in memory, without a word."""
+    folder = without_a_tensor(toys, "unet", tmp_path / "sd")
+    monkeypatch.setattr(pipelines, "modules_of", lambda folder: {})
+    assert pipelines.open_pipeline(folder, "cpu", torch.float32)[0].unet is not None
 
 
 def test_fit_takes_what_is_refused_without_it(toys: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato import models
 from sfumato.drawing import pipelines
 from sfumato.drawing.adapters import load_control
 from sfumato.drawing.draw import draw, fitting, picture_options
@@ -19,6 +18,7 @@ from sfumato.drawing.inputs import cut
 from sfumato.drawing.pictures import Drawing
 from sfumato.drawing.request import ROLES, Sampling, Shot
 from sfumato.errors import UserError
+from tests.unit import twins
 from tests.unit.toy_drawing import write_control, write_mask, write_picture
 
 HOW = Sampling(steps=4, guidance=3.0, size=32, strength=0.5, control_scale=0.7)
@@ -44,7 +44,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 def made(folder: Path, family: str) -> Toy:
-    models.family_class(family).tiny(folder / "base")
+    twins.write(family, folder / "base")
     write_control(folder / "control", folder / "base")
     write_picture(folder / "image.png", seed=1)
     write_picture(folder / "condition.png", seed=2)

@@ -13,12 +13,13 @@ from sfumato.engine.weights import WeightFiles
 from sfumato.methods import Method
 from sfumato.methods.full import Full
 from sfumato.models.parts import Parts
+from tests.unit import twins
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("tiny") / "sd"
-    models.family_class("sd").tiny(path)
+    twins.write("sd", path)
     return path
 
 
@@ -83,7 +84,7 @@ def test_the_parts_answer_as_the_denoiser_does(folder: Path) -> None:
 def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Method:
     """A method whose text encoders learn, with weights of a toy."""
     path: Path = tmp_path_factory.mktemp("live") / request.param
-    models.family_class(request.param).tiny(path)
+    twins.write(request.param, path)
     return learning(path)
 
 

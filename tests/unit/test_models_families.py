@@ -13,6 +13,7 @@ from sfumato import models
 from sfumato.errors import UserError
 from sfumato.models.family import Condition, Family
 from sfumato.models.loading import quiet
+from sfumato.models.texts import bare
 from tests.unit.twins import batch_of, change, copy, family, load, twin
 
 ALL = pytest.mark.parametrize("name", models.families())
@@ -203,3 +204,10 @@ def test_facts_are_read_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "['sd', 'sdxl'] 8\n", done.stderr
+
+
+@pytest.mark.parametrize("part", ["", "text_encoder.", "text_encoder_2."])
+def test_a_name_of_clips_is_the_same_whatever_stands_before_it(part: str) -> None:
+    for inner in ("encoder.layers.0.mlp.fc1.weight", "text_projection.weight"):
+        assert bare(f"{part}text_model.{inner}") == bare(part + inner) == part + inner
+    assert bare("unet.text_model_like.weight") == "unet.text_model_like.weight"

@@ -20,6 +20,7 @@ from sfumato.errors import UserError
 from sfumato.models import families
 from sfumato.models.folder import examine, locate, read_facts, weight_files
 from sfumato.models.hub import download, patterns
+from sfumato.models.loading import tokenizer
 from tests.unit.twins import change, copy, load, twin
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -111,6 +112,11 @@ def cut(path: str) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / path, 1000)
 
 
+def add_copy(folder: Path) -> None:
+    """Write tokenizer.json too, as transformers does."""
+    tokenizer(folder).save_pretrained(folder)
+
+
 LOADING_FAULTS = [
     ("sd", lose_a_weight("vae/diffusion_pytorch_model.safetensors"), "lacks 1 of the weights"),
     ("sd", lose_a_weight("text_encoder/model.safetensors"), "lacks 1 of the weights"),
@@ -121,7 +127,7 @@ LOADING_FAULTS = [
     ("sd", spoil_json("vae/config.json", block_out_channels=[8, 8, 16, 32]), "AutoencoderKL in"),
     ("sd", spoil_json("text_encoder/config.json", hidden_size=64), "CLIPTextModel in"),
     ("sd", remove("text_encoder/config.json"), "CLIPTextModel in"),
-    ("sd", remove("tokenizer/tokenizer.json"), None),
+    ("sd", lambda folder: add_copy(folder / "tokenizer"), None),
     ("sd", write("tokenizer/tokenizer.json", "{"), "tokenizer in"),
     ("sd", write("tokenizer/tokenizer_config.json", "{}"), "how many tokens"),
     ("sd", spoil_json("unet/config.json", cross_attention_dim=48), "width 48, the text encoders give 32"),
@@ -155,6 +161,7 @@ WORDS = [[], ["vocab.json"], ["merges.txt"], ["vocab.json", "merges.txt"], ["tok
 @pytest.mark.parametrize("kept", WORDS)
 def test_a_tokenizer_without_words_is_refused(kept: list[str], tmp_path: Path) -> None:
     folder = copy("sd", tmp_path)
+    add_copy(folder / "tokenizer")
     for file in (folder / "tokenizer").iterdir():
         if file.name not in ("tokenizer_config.json", *kept):
             file.unlink()

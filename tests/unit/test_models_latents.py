@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato import models
 from sfumato.errors import UserError
 from sfumato.models.family import Family, draw
+from sfumato.models.latents import check_finite
 from tests.unit.twins import batch_of, change, copy, family, load, twin
 
 ALL = pytest.mark.parametrize("name", models.families())
@@ -117,8 +118,10 @@ def test_a_vae_in_bf16_still_gives_fp32_latents() -> None:
 def test_latents_that_are_not_finite_name_their_samples() -> None:
     batch = batch_of(["a", "b", "c"])
     batch.pixels[1, 0, 5, 5] = float("nan")
+    latents = family("sd").encode(batch)[0]
+    assert torch.isfinite(latents).flatten(1).all(1).tolist() == [True, False, True]
     with pytest.raises(UserError, match="samples 101\n") as error:
-        family("sd").encode(batch)
+        check_finite(latents, batch.ids, "float32")
     assert "vae_dtype" in str(error.value) and "float32" in str(error.value)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato import config, models
 from sfumato.data.batch import Draws
 from sfumato.objective import Objective
+from tests.unit import twins
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -23,7 +24,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(request.param)
-    models.family_class(request.param).tiny(folder)
+    twins.write(request.param, folder)
     return models.load(config.Model(weights=str(folder)), CPU, FP32, FP32)
 
 

@@ -1,5 +1,6 @@
 """What tests of drawing begin with: pictures, and toy adapters that change what a toy model draws."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import DPTConfig, DPTForDepthEstimation
 
 from sfumato.models.loading import quiet
 
@@ -57,3 +59,23 @@ def write_lora(file: Path, base: Path, seed: int = 0) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file)
     return file
+
+
+def write_depth_model(folder: Path) -> Path:
+    """A small random model that estimates depth."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+        DPTForDepthEstimation(
+            DPTConfig(
+                **sizes,
+                image_size=32,
+                patch_size=8,
+                backbone_out_indices=[0, 1, 2, 3],
+                fusion_hidden_size=16,
+                neck_hidden_sizes=[8, 8, 16, 16],
+            )
+        ).save_pretrained(folder)
+    settings = {"image_processor_type": "DPTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder

@@ -30,10 +30,15 @@ def twin(name: str) -> Path:
     return place / name
 
 
+def write(name: str, folder: Path) -> Path:
+    """A twin's copy in a new folder, which may be spoilt."""
+    shutil.copytree(twin(name), folder, dirs_exist_ok=True)
+    return folder
+
+
 def copy(name: str, place: Path) -> Path:
-    """A twin's copy that may be spoilt."""
-    shutil.copytree(twin(name), place / name)
-    return place / name
+    """The same under the family's name."""
+    return write(name, place / name)
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
