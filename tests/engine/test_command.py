@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sfumato.cli import main
+from sfumato.errors import CONTINUE
 from tests.unit import twins
 
 ROOT = Path(__file__).parents[2]
