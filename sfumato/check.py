@@ -19,8 +19,8 @@ from sfumato.config import Config, Data
 from sfumato.data.buckets import Cells, reason
 from sfumato.data.index import Index, open_index
 from sfumato.engine.ds_keys import check_nested_keys, deepspeed_faults
-from sfumato.engine.published import checkpoints_in
-from sfumato.engine.size import checkpoint_bytes, count, kept_at_once, snapshot_bytes
+from sfumato.engine.published import checkpoints_in, steps_in
+from sfumato.engine.size import checkpoint_bytes, count, kept_at_once, snapshot_bytes, snapshots
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine, learned, weight_files
 from sfumato.prior import Pictures
@@ -287,8 +287,10 @@ def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
         found = f"a checkpoint takes {one / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         raise UserError(asked, found, "make room, or set `output` to a larger disk")
     count = max(0, kept_at_once(config) - len(checkpoints_in(config.folder)))
-    needed = count * one + snapshot_bytes(config, parameters)
+    copies = max(0, snapshots(config) - len(steps_in(config.folder / "averages")))
+    needed = count * one + copies * snapshot_bytes(config, parameters)
     if needed > free:
-        found = f"{count} more checkpoints take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        more = f"{count} more checkpoints" + (f" and {copies} more copies of averages" if copies else "")
+        found = f"{more} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         do = "make room, keep fewer ([checkpoint], ema.snapshots), or take another `output`"
         raise UserError(asked, found, do)

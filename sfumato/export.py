@@ -57,7 +57,7 @@ def export(
     shutil.rmtree(part, ignore_errors=True)
     ready = saved.path / "export"
     try:
-        if not anew and told_by(ready) == facts:
+        if not anew and told_by(ready) == facts and not saved.export_problems():
             shutil.copytree(ready, part, copy_function=link, ignore=lambda *_: card.FILES)
         else:
             check_whole(saved)
@@ -67,6 +67,7 @@ def export(
         card.write(part, config, saved.state, facts, home)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
+        check_there(saved, run)
         do = f"make room if the disk is full, then: sfumato export {run}"
         raise UserError(f"an export to {to}", f"it could not be written: {error}", do) from error
     replace(part, to)
@@ -250,5 +251,13 @@ def newest(run: Path) -> Path:
 def check_whole(saved: checkpoint.Saved) -> None:
     """Raise UserError if a checkpoint's files are not as they were written."""
     if wrong := saved.problems():
+        check_there(saved, saved.path.parent.parent)
         do = "name another checkpoint, or start the run again, which sets this one aside"
         raise UserError(f"an export of {saved.path}", f"it is damaged: {'; '.join(wrong)}", do)
+
+
+def check_there(saved: checkpoint.Saved, run: Path) -> None:
+    """Raise UserError if a checkpoint was deleted while it was read."""
+    if not saved.path.is_dir():
+        found = "the run, which is being trained, has newer ones and deleted it"
+        raise UserError(f"an export of {saved.path}", found, f"once more: sfumato export {run}")

@@ -184,7 +184,10 @@ class Mishaps:
             self.tell(f"the batch of step {engine.step_count} could not be written to {final}: {wrong}")
         if self.place.first and wrong is None:
             shutil.rmtree(final, ignore_errors=True)  # the same batch, met again
-            part.rename(final)
+            try:
+                part.rename(final)
+            except OSError as error:
+                self.tell(f"{part} could not be renamed to {final.name}: {error}")
         elif self.place.first:
             shutil.rmtree(part, ignore_errors=True)
         return final if wrong is None else None

@@ -1,8 +1,14 @@
 """A run's folder: what was asked, what it became, on what it runs, and where it can go on."""
 
+import contextlib
 import difflib
+import errno
+import fcntl
 import json
+import os
 import platform
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +38,44 @@ from them at every start."""
 DATA = "data"
 """The word in checkpoint.accept for other data."""
 WANTED = "checkpoint.accept"
+LOCK = ".lock"
+"""The file in a run's folder that the first rank of the run holds."""
+PATIENCE = 30.0
+"""Seconds that a start waits for the end of the run before it, which may have been killed just now."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path, place: Ranks) -> Iterator[None]:
+    """Within it no other run is trained in the folder; all ranks enter it together.
+
+    The system lifts the lock with the first rank's end, whatever that is. Raises UserError if it is taken.
+    """
+    with contextlib.ExitStack() as held:
+        together(place, lambda: take(folder, held) if place.first else None)
+        yield
+
+
+def take(folder: Path, held: contextlib.ExitStack) -> None:
+    """Lock a run's folder until `held` is closed, where the disk knows locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not flock: loader workers would inherit that one, and may outlive a rank that is killed.
+    file = held.enter_context((folder / LOCK).open("a+"))
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+        if time.monotonic() > end:
+            file.seek(0)
+            do = f"wait for its end, or take another name; if it is gone for certain, remove {file.name}"
+            raise UserError(f"to train in {folder}", f"{file.read()} does so", do)
+        time.sleep(0.2)
+    with contextlib.suppress(OSError):  # a full disk holds the lock all the same
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def write_records(config: Config, world: int, device: str, index: Index) -> None:
@@ -72,25 +116,44 @@ def latest(
     if no checkpoint is whole, or the newest is another run's.
     """
     check_accepted(config)
-    folder = config.folder / "checkpoints"
+    folder, averages = config.folder / "checkpoints", config.folder / "averages"
     say = tell if place.first else silent
-    if place.first:
-        for line in (*published.tidy(folder), *published.tidy(config.folder / "averages")):
-            say(line)
+    on_first(place, averages, lambda: [*published.tidy(folder), *published.tidy(averages)], say)
     saved = None
     while saved is None:
         newest = together(place, lambda: max(published.steps_in(folder), default=None))[0]
         if newest is None:
             if left := together(place, lambda: [path.name for path in published.damaged_in(folder)])[0]:
                 raise nothing_whole(config, left)
-            if place.first and published.steps_in(config.folder / "averages"):
-                aside = published.set_aside(config.folder / "averages")
-                say(f"averages of an earlier run were set aside as {aside.name}")
+            on_first(place, averages, lambda: aside(averages), say)
             return None
         saved = whole(published.path_of(folder, newest), place, say)
     for line in compared(config, fingerprint, saved):
         say(line)
+    step = saved.step
+    on_first(place, averages, lambda: published.forget_after(averages, step), say)
     return saved
+
+
+def on_first(place: Ranks, what: Path, act: Callable[[], list[str]], say: Callable[[str], None]) -> None:
+    """Act on the first rank and tell what it says; a disk's refusal is a UserError on all of them."""
+
+    def attempt() -> list[str]:
+        try:
+            return act() if place.first else []
+        except OSError as error:
+            do = "mend that, and start the same command again"
+            raise UserError(f"to go on with the run in {what.parent}", str(error), do) from None
+
+    for line in together(place, attempt)[0]:
+        say(line)
+
+
+def aside(averages: Path) -> list[str]:
+    """Keep averages of a run whose checkpoints are gone from those of the one that begins."""
+    if not published.steps_in(averages):
+        return []
+    return [f"averages of an earlier run were set aside as {published.set_aside(averages).name}"]
 
 
 def silent(text: str) -> None:
@@ -126,9 +189,8 @@ def whole(path: Path, place: Ranks, say: Callable[[str], None]) -> checkpoint.Sa
         renamed = (
             [f"it holds step {saved.step}"] if saved.step != int(path.name.removeprefix("step-")) else []
         )
-        weights = {name: told for name, told in saved.state["export"].items() if name.endswith("safetensors")}
-        export = published.deep(path / "export", weights, (place.rank, place.world))
-        return renamed + saved.problems(place.rank, place.world), [*export]
+        share = place.rank, place.world
+        return renamed + saved.problems(*share), saved.export_problems(*share)
 
     seen = together(place, look)
     wrong, export = (sorted({text for found in seen for text in found[part]}) for part in (0, 1))
@@ -143,9 +205,9 @@ def whole(path: Path, place: Ranks, say: Callable[[str], None]) -> checkpoint.Sa
             do = "move it away, and start the same command again"
             raise UserError(f"to go on from {path}", f"{said}; it cannot be renamed: {error}", do) from None
 
-    aside = together(place, move)[0]
+    new = together(place, move)[0]
     what = f"the {'checkpoint' if wrong else 'export of the checkpoint'} {path.name}"
-    say(f"{what} is not whole and was set aside as {aside}: {said}")
+    say(f"{what} is not whole and was set aside as {new}: {said}")
     return None if wrong else opened[0]
 
 

@@ -3,10 +3,10 @@
     with Stopping(config.time_limit, config.folder / "stop", print) as stopping:
         ...                                             # a signal here raises Stopped at once
         with stopping.together(ranks, timeout):         # from here it is only noted
-            while step < steps and not stopping.agreed(step):
+            while not stopping.agreed(step) and step < steps:
                 ...
-            (step < steps: it was asked to stop; save)
-        if step < steps:
+            (save)
+        if stopping.reason:
             raise stopping.error(step)                  # exit code 75
 
 Imports no torch until the ranks are together.
@@ -26,7 +26,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sfumato import launch
-from sfumato.errors import Stopped
+from sfumato.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from sfumato.engine.ranks import Ranks
@@ -59,12 +59,19 @@ class Stopping:
         self.minutes, self.file = minutes, file
         self.tell = None if launch.supervised() else tell
         self.reason = 0
-        """Why all ranks stop, once `agreed` has said so; 0 until then."""
+        """Why all ranks stop, once `agreed` or the end of `together` has said so; 0 until then."""
         self._own = 0
         self._hard = 0.0  # when the first SIGINT or SIGTERM came, time.monotonic()
         self._told = False
         self._together = False
-        self._first, self._ranks, self._step = True, 1, 0
+        self._first = True
+        self._begun: int | None = None
+        self._step: int | None = None
+        """The steps that `agreed` was first and last asked with."""
+        self._saved: int | None = None
+        """The step that was saved when `together` ended well."""
+        self._failing = False
+        """Whether it ended with an error, which no signal may hide."""
         self._looked = -LOOK
         self._group: Any = None
         self._work: Any = None
@@ -93,22 +100,24 @@ class Stopping:
         """Within it a signal is noted for `agreed`. All ranks enter and leave it together.
 
         timeout: seconds that a rank waits for the others' answers before it is an error.
-        Raises Stopped at its end where something asked for it too late for `agreed`.
+        What asked for a stop too late for `agreed` is in `reason` afterwards.
         """
-        self._first, self._ranks = ranks.first, ranks.world
+        self._first = ranks.first
         if ranks.world > 1:
             self._group = answers(timeout)
         self._together = True
         try:
-            if self._own:  # it came while an exception could not leave, as in a destructor
-                raise self.error(None)
             yield
+            self.reason = self.reason or self._answer()
             if not self.reason:
                 self._ask()
                 self.reason = self._answer()
-                if self.reason:
-                    self._obey()
-                    raise self.error(self._step)
+            if self.reason:
+                self._obey()
+            self._saved = self._step
+        except BaseException:
+            self._failing = True
+            raise
         finally:
             self._together = False
             self._work = None
@@ -120,6 +129,7 @@ class Stopping:
         later, without waiting. step: applied steps so far, for messages.
         """
         assert self._together, "agreed outside of together"
+        self._begun = step if self._begun is None else self._begun
         self._step = step
         if self.reason:
             return True
@@ -133,8 +143,15 @@ class Stopping:
             self._obey()
         return bool(self.reason)
 
-    def error(self, step: int | None) -> Stopped:
+    def error(self, step: int) -> Stopped | UserError:
         """What to raise when `step` is saved."""
+        if self.reason == TIME and step == self._begun:
+            # Started again and again, the run would never come further.
+            return UserError(
+                f"time_limit = {self.minutes:g} (minutes)",
+                f"they were over before one step was done; the run is at step {step}",
+                "allow more: loading counts, too",
+            )
         return Stopped(self.why, step)
 
     @property
@@ -156,7 +173,7 @@ class Stopping:
             return TIME
         if self._first and self.file is not None and now >= self._looked + LOOK:
             self._looked = now
-            if self.file.exists():
+            if os.path.isfile(self.file):  # False also where a network disk gives no answer
                 return FILE
         return 0
 
@@ -182,7 +199,8 @@ class Stopping:
 
     def _obey(self) -> None:
         if self.reason == FILE and self._first and self.file is not None:
-            self.file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.file.unlink()
 
     def _listen(self) -> None:
         self._process = os.getpid()
@@ -207,8 +225,8 @@ class Stopping:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, between two of its lines."""
         self._own = self._own or number
-        if not self._together:
-            raise Stopped(self.why)
+        if not (self._together or self._failing):
+            raise Stopped(self.why, self._saved)
 
     def _hear(self) -> None:
         """In a thread: note signals, and obey the second at once, whatever the main thread waits for."""

@@ -1,10 +1,10 @@
 """The loop: the order of events, and no arithmetic."""
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sfumato.report.progress import Progress
 from sfumato.report.spikes import Spikes, losses_in
 from sfumato.report.upload import after_run
 from sfumato.stopping import Stopping
-from sfumato.watch import Watch
+from sfumato.watch import MARGIN, Watch
 
 
 def train(config: Config) -> Path:
@@ -45,8 +45,9 @@ def train(config: Config) -> Path:
     Returns the folder of the exported model. All ranks call it together. Raises Stopped where the run was
     asked to end early; then it is saved.
     """
-    with Stopping(config.time_limit, config.folder / "stop", print) as stopping:
+    with Stopping(config.time_limit, config.folder / "stop", print) as stopping, ExitStack() as held:
         place, plan = start.begin(config)
+        held.enter_context(run.alone(config.folder, place))
         saved = run.latest(config, plan.index.fingerprint, place, print)
         if place.first:
             run.write_records(config, place.world, str(place.device), plan.index)
@@ -77,23 +78,24 @@ def train(config: Config) -> Path:
             Watch(place, config.engine.timeout) as watch,
             Writer(engine, facts, told.note, beside(config, family, told.note, place.first)) as writer,
             closing(loader.steps_from(engine.position)) as steps,
-            stopping.together(place, config.engine.timeout),
+            stopping.together(place, config.engine.timeout + MARGIN),
         ):
             saves = {"checkpoint": config.checkpoint.every, "averages": config.ema.snapshots}
-            seen: list[int] = []
+            seen: dict[int, list[int]] = {}  # step -> samples of this rank
             mishaps = Mishaps(config, place, told.note, plan.index.name)
             spikes = Spikes(config.bad_numbers.spike, losses_in(lines))
             if config.bad_numbers.policy == "rollback" and saved is None:
                 writer.save()  # else there were nothing to go back to
-            while engine.step_count < config.steps and not stopping.agreed(engine.step_count):
+            while not stopping.agreed(engine.step_count) and engine.step_count < config.steps:
                 watch.beat(engine.step_count, "waiting for data")
                 with clock.waiting():
                     batches = next(steps)
                 watch.beat(engine.step_count, "training")
                 if not applied(engine, method, objective, batches, mishaps, writer):
                     told.back_to(engine.step_count)
+                    seen = {step: numbers for step, numbers in seen.items() if step <= engine.step_count}
                     continue
-                seen += [number for batch in batches for number in batch.ids.tolist()]
+                seen[engine.step_count] = [number for batch in batches for number in batch.ids.tolist()]
                 saving = [what for what, every in saves.items() if due(engine, every)]
                 if config.engine.compare_every and (saving or due(engine, config.engine.compare_every)):
                     agreement.check(engine)
@@ -103,27 +105,27 @@ def train(config: Config) -> Path:
                     if spikes.take(metrics["loss"]):
                         told.note(spikes.describe(engine.step_count, metrics["loss"]))
                     if config.log.samples:
-                        metrics["samples"] = sorted(place.gathered(seen))
+                        metrics["samples"] = sorted(place.gathered([*chain(*seen.values())]))
                     told.step(engine.step_count, metrics | {"spike": spikes.now})
-                    seen = []
+                    seen = {}
                 with told.aside():
                     if saving:
                         watch.beat(engine.step_count, "copying what is to be saved")
                         writer.save(*saving)
                     if config.preview.prompts and due(engine, config.preview.every):
                         watch.beat(engine.step_count, "drawing the previews")
-                        preview(engine, method, objective)
+                        preview(engine, method, objective, told.note)
             watch.beat(engine.step_count, "writing the last checkpoint")
             if not (writer.is_saved() or (saved is not None and saved.position == engine.position)):
-                writer.save()
+                save(writer)
             writer.join()
-        if engine.step_count < config.steps:
+        if stopping.reason:
             raise stopping.error(engine.step_count)
         if place.first:
             export(config.folder)
         place.barrier()
-    if place.first and config.export.push_to_hub is not None:
-        after_run(config.folder / "export", config.export.push_to_hub, config.export.private, print)
+        if place.first and config.export.push_to_hub is not None:
+            after_run(config.folder / "export", config.export.push_to_hub, config.export.private, print)
     return config.folder / "export"
 
 
@@ -132,6 +134,13 @@ def beside(
 ) -> Callable[[Path], None] | None:
     """What puts the export into each checkpoint, if the run wants it; on the first rank."""
     return inside(config, family, tell) if config.checkpoint.export and first else None
+
+
+def save(writer: Writer) -> None:
+    """Save out of turn, once all ranks are known to hold the same."""
+    if writer.engine.config.engine.compare_every:
+        agreement.check(writer.engine)
+    writer.save()
 
 
 def applied(
@@ -148,13 +157,13 @@ def applied(
             verdict = mishaps.judge(engine, batches)
         except UserError:
             if not writer.is_saved():
-                writer.save()
+                save(writer)
             raise
         if verdict == "back":
             writer.join()
-            newest = checkpoint.checkpoint_of(engine.config.folder)
+            newest = run.latest(engine.config, writer.facts["data"], engine.ranks, writer.tell)
             assert newest is not None, "no checkpoint was written to go back to"
-            checkpoint.load(engine, checkpoint.Saved(newest))
+            checkpoint.load(engine, newest)
             mishaps.went_back(engine)
         if verdict != "again":
             return False
@@ -185,8 +194,11 @@ def due(engine: Engine, every: int | None) -> bool:
     return every is not None and (engine.step_count % every == 0 or engine.step_count == engine.config.steps)
 
 
-def preview(engine: Engine, method: Method, objective: Objective) -> None:
-    """Draw the preview's prompts, with the average of the weights if the run keeps one; all ranks do it."""
+def preview(engine: Engine, method: Method, objective: Objective, tell: Callable[[str], None]) -> None:
+    """Draw the preview's prompts, with the average of the weights if the run keeps one; all ranks do it.
+
+    tell: hears of pictures that could not be written, which end no run.
+    """
     config, wanted = engine.config, engine.config.preview
     pictures = cycle(map(Path, wanted.conditions))
     asked = [replace(shot, condition=next(pictures, None)) for shot in shots(wanted.prompts, [wanted.seed])]
@@ -202,4 +214,8 @@ def preview(engine: Engine, method: Method, objective: Objective) -> None:
             world=engine.ranks.world,
         )
     if engine.ranks.first:
-        write(drawings, config.folder / "images" / f"step-{engine.step_count:06d}")
+        folder = config.folder / "images" / f"step-{engine.step_count:06d}"
+        try:
+            write(drawings, folder)
+        except OSError as error:
+            tell(f"the previews could not be written to {folder}: {error.strerror or error}")

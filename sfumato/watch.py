@@ -100,7 +100,7 @@ class Watch:
         time.sleep(LATE * self.every + 1)
         beats, found = self.board.beats(), self.board.stacks() | {self.ranks.rank: mine}
         # Without the store nobody can answer; the first rank hosts it, or its launcher does.
-        text = hang(beats, found, self.limit, guilty=[0] if self.board.mute else None)
+        text = self.board.failed() or hang(beats, found, self.limit, guilty=[0] if self.board.mute else None)
         if self.ranks.rank != min(found):
             text = f"rank {self.ranks.rank} ends too: {text.splitlines()[0]}"
         os.write(2, f"\n{mine}\n{text}\n".encode())
@@ -179,15 +179,21 @@ class Board:
             while self.rounds < seen + 2 and time.monotonic() < until:
                 time.sleep(self.every / 4)
 
+    def failed(self) -> str | None:
+        """Which rank left with an error of its own, and which; None if none did."""
+        for rank, told in self.told.items():
+            if told.get("end", "echo") not in ("echo", "done"):
+                return f"rank {rank} of {self.ranks.world} failed {Beat(*told['beat'])}: {told['end']}"
+        return None
+
     def culprit(self, limit: float) -> str | None:
         """After a connection broke: who left first, and how; None if that is not to be found out."""
         if self.ranks.world == 1:
             return None
         until = time.monotonic() + 2 * limit + 5
         while time.monotonic() < until:
-            for rank, told in self.told.items():
-                if told.get("end", "echo") not in ("echo", "done"):
-                    return f"rank {rank} of {self.ranks.world} failed {Beat(*told['beat'])}: {told['end']}"
+            if found := self.failed():
+                return found
             for rank in self.silent(limit):
                 beat = Beat(*self.told[rank]["beat"])
                 return f"rank {rank} of {self.ranks.world} died; it was last seen {beat}"

@@ -68,7 +68,7 @@ class Engine:
         """Whether the module computes with an average at this moment."""
         self._micro = 0
         self._losses: list[Tensor] = []
-        self._applied: list[Tensor] = []
+        self._applied: dict[int, Tensor] = {}
         settings = ds_config(config, ranks.world)
         module = self._build(build, settings)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -186,7 +186,7 @@ class Engine:
         if applied:
             self.step_count += 1
             self.position += 1
-            self._applied.append(self.step_loss)
+            self._applied[self.step_count] = self.step_loss
         return applied
 
     def _set_rates(self) -> None:
@@ -214,8 +214,8 @@ class Engine:
         self.position = until
 
     def forget(self) -> None:
-        """Drop what was measured since the last log line, because its steps were undone."""
-        self._applied = []
+        """Drop what was measured of steps that were undone, those after the present one."""
+        self._applied = {step: loss for step, loss in self._applied.items() if step <= self.step_count}
 
     def metrics(self) -> dict[str, float]:
         """Loss, learning rate and gradient norm for the log, on all ranks together (waits for the device).
@@ -223,8 +223,8 @@ class Engine:
         The loss is the mean over every sample of every applied step since the last call; the norm is that of
         the last step's gradient before clipping.
         """
-        loss = torch.stack(self._applied).mean()
-        self._applied = []
+        loss = torch.stack([*self._applied.values()]).mean()
+        self._applied = {}
         return {"loss": float(self.ranks.mean(loss)), "lr": self.lr, "grad_norm": float(self.grad_norm)}
 
 

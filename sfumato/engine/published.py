@@ -5,11 +5,13 @@ was set aside. Hidden names are of work that was not finished: .step-000500.part
 .step-000500.old is being deleted, .step-000500.before gives way to another one of the same step.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ from sfumato.errors import UserError
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-STEP = re.compile(r"step-(\d{6,})")
+STEP = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 RANK = re.compile(r"rank-\d{5}\.safetensors")
 CODE = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".py", ".pyc", ".so"}
 """Endings of files that run code when something loads them. No checkpoint and no export has one."""
 MAGIC = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04|\(?c[\w.]+\n[\w.]+\n")
 """How a pickle begins, and the zip that torch puts one into."""
+
+SEEN = 10.0
+"""Seconds after which a folder made on the first rank is seen by the others, if they share the disk."""
 
 
 class Damaged(UserError):
@@ -155,8 +160,12 @@ def code_in(path: Path) -> Iterator[str]:
         if not file.is_file():
             continue
         name = file.relative_to(path).as_posix()
-        with file.open("rb") as content:
-            begin = content.read(64)
+        try:
+            with file.open("rb") as content:
+                begin = content.read(64)
+        except OSError as error:
+            yield f"{name} cannot be read: {error.strerror or error}"
+            continue
         # A safetensors file may begin with the same bytes: they are its header's length, and a table follows.
         pickled = MAGIC.match(begin) and not (file.suffix == ".safetensors" and begin[8:9] == b"{")
         if pickled or file.suffix.lower() in CODE:
@@ -198,11 +207,49 @@ def tidy(folder: Path) -> list[str]:
     return said
 
 
+def forget_after(folder: Path, step: int) -> list[str]:
+    """Delete what was kept of steps after the one that a run goes on from, and say so. OSError if it cannot.
+
+    The run may come to other numbers there, and nobody could tell the two apart.
+    """
+    later = [at for at in steps_in(folder) if at > step]
+    for at in later:
+        remove(path_of(folder, at))
+    return [f"{folder.name} of step {', '.join(map(str, later))} were removed: made anew"] if later else []
+
+
 def remove(path: Path) -> None:
     """Delete a published checkpoint, whose name is gone before its first file is. OSError if it cannot be."""
     old = path.with_name(f".{path.name}.old")
     path.rename(old)
     shutil.rmtree(old)
+
+
+def begin(part: Path, needed: int) -> None:
+    """Make the hidden folder, if its disk has room. OSError if it has not."""
+    for left in part.parent.glob(".step-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+    free = room_at(part)
+    if free is not None and free < needed:
+        raise OSError(errno.ENOSPC, "the disk is full", str(part.parent))
+
+
+def see(part: Path) -> None:
+    """Wait until this machine sees the folder too. OSError if it does not."""
+    end = time.monotonic() + SEEN
+    while not part.is_dir():
+        if time.monotonic() > end:
+            raise OSError(errno.ENOENT, "all ranks need one shared disk, this one does not see", str(part))
+        time.sleep(0.05)
+
+
+def room_at(folder: Path) -> int | None:
+    """Free bytes on a folder's disk; None if they cannot be known."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def publish(part: Path, final: Path) -> None:

@@ -47,6 +47,12 @@ class Saved:
         """What is wrong with it by the sums of its files, of which this rank reads one in `world`."""
         return [*published.deep(self.path, self.state["files"], (rank, world))]
 
+    def export_problems(self, rank: int = 0, world: int = 1) -> list[str]:
+        """What is wrong with its export's weights, likewise; users may change the texts beside them."""
+        told: dict[str, Any] = self.state["export"]
+        weights = {name: entry for name, entry in told.items() if name.endswith(".safetensors")}
+        return [*published.deep(self.path / "export", weights, (rank, world))]
+
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements [start, start + length) of a flattened parameter's weight or state, (length,)."""
         out = torch.empty(length)
@@ -111,10 +117,13 @@ class Memory:
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of 1-D tensors, complete when this returns; the next call writes over them."""
+        """Copies of 1-D tensors, complete when this returns; the next call writes over them.
+
+        RuntimeError where there is no memory for them.
+        """
         layout = {name: (tensor.numel(), tensor.dtype) for name, tensor in tensors.items()}
-        if layout != self.layout:
-            self.copies = {}
+        if not layout.items() <= self.layout.items():
+            self.copies, self.layout = {}, {}
             self.copies = self._take(layout)
             self.layout = layout
         for name, tensor in tensors.items():
@@ -123,7 +132,7 @@ class Memory:
             from deepspeed.accelerator import get_accelerator
 
             get_accelerator().synchronize()
-        return self.copies
+        return {name: self.copies[name] for name in tensors}
 
     def _take(self, layout: Mapping[str, tuple[int, torch.dtype]]) -> dict[str, Tensor]:
         """Room for tensors, several in one chunk."""

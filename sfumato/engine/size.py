@@ -35,10 +35,14 @@ def kept_at_once(config: Config) -> int:
     return min(saved, staying + config.checkpoint.keep + 1)
 
 
+def snapshots(config: Config) -> int:
+    """How many copies of the averages alone a run leaves."""
+    return -(-config.steps // config.ema.snapshots) if config.ema.snapshots else 0
+
+
 def snapshot_bytes(config: Config, parameters: int) -> int:
-    """The size of all copies of the averages alone that a run leaves."""
-    copies = config.steps // config.ema.snapshots if config.ema.snapshots else 0
-    return copies * parameters * 4 * len(kinds(config.ema))
+    """The size of one of them."""
+    return parameters * 4 * len(kinds(config.ema))
 
 
 def export_numbers(config: Config, facts: Facts | None, parameters: int) -> int:

@@ -108,9 +108,12 @@ class Rebuilt:
 
 
 def folders(saved: Saved) -> Iterator[Path]:
-    """Where averages of a checkpoint's run may lie, up to its step; the checkpoint itself last."""
+    """Where averages of a checkpoint's run may lie, up to its step; the checkpoint itself last.
+
+    Of one step a later folder counts: a running run deletes its checkpoints, but no snapshot.
+    """
     run = saved.path.parent.parent
-    for folder in (run / "averages", run / "checkpoints"):
+    for folder in (run / "checkpoints", run / "averages"):
         yield from (
             published.path_of(folder, step) for step in published.steps_in(folder) if step <= saved.step
         )

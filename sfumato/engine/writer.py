@@ -26,8 +26,6 @@ from sfumato.errors import UserError
 Told = TypeVar("Told")
 GRACE = 5.0
 """Seconds in which the thread may still say what it has waited for in vain."""
-SEEN = 10.0
-"""Seconds after which a folder made on the first rank is seen by the others, if they share the disk."""
 
 
 class Failed(Exception):
@@ -42,8 +40,10 @@ class Job:
     folders: tuple[tuple[Path, dict[str, Tensor]], ...]
     """Where to, and this rank's part of it."""
     manifest: dict[str, Any]
-    copied: float
-    """Seconds that the training stood still for the copy."""
+    still: float
+    """Seconds that the training stood still for it."""
+    lacking: Exception | None = None
+    """Why this rank has no copy: there was no memory for one."""
 
 
 class Writer:
@@ -102,18 +102,24 @@ class Writer:
         one, whose failure was told, and does not end the run.
         """
         assert set(what) <= {"checkpoint", "averages"}, f"nothing is called {what}"
-        self._wait(self.limit + GRACE)
         began = time.monotonic()
-        copies = self._memory.copy(dict(slices(self.engine)))
-        folders = []
+        self._wait(self.limit + GRACE)
+        copies: dict[str, Tensor] = {}
+        folders, lacking = [], None
+        try:
+            whole = what != ("averages",)
+            copies = self._memory.copy({key: x for key, x in slices(self.engine) if whole or is_average(key)})
+        except (RuntimeError, MemoryError) as error:
+            lacking = error  # the others hear of it from the thread
         if not what or "checkpoint" in what:
             folders.append((self.folder, copies))
             self.step, self.at = self.engine.step_count, self.engine.position
         if "averages" in what:
-            kept = {key: part for key, part in copies.items() if profiles.is_average(key.split("/")[0])}
+            kept = {key: part for key, part in copies.items() if is_average(key)}
             folders.append((self.averages, kept))
         manifest = manifest_of(self.engine, self.facts)
-        job = Job(self.engine.step_count, tuple(folders), manifest, time.monotonic() - began)
+        still = time.monotonic() - began
+        job = Job(self.engine.step_count, tuple(folders), manifest, still, lacking)
         self._failure = None
         self._thread = threading.Thread(
             target=self._run, args=(job,), name=f"writer of step {job.step}", daemon=True
@@ -175,11 +181,12 @@ class Writer:
     def _run(self, job: Job) -> None:
         try:
             for folder, tensors in job.folders:
-                self._write(job, folder, tensors)
-        except Failed as error:
-            self._failure = str(error)
-            if self.engine.ranks.first:
-                self.tell(f"{error}. The checkpoints before it are whole; training goes on, and saves again")
+                try:
+                    self._write(job, folder, tensors)
+                except Failed as error:
+                    self._failure = str(error)
+                    if self.engine.ranks.first:
+                        self.tell(f"{error}. Those before it are whole; training goes on, and saves again")
         except Exception as error:
             self._broken = error
 
@@ -189,26 +196,36 @@ class Writer:
         final = published.path_of(folder, job.step)
         part = final.with_name(f".{final.name}.part")
         name = f"rank-{ranks.rank:05d}.safetensors"
-        [*sizes] = self._all("the others", lambda: sum(tensor.nbytes for tensor in tensors.values()))
-        needed = sum(sizes)
+        needed = 0
+
+        def count() -> int:
+            if job.lacking is not None:
+                raise job.lacking
+            return sum(tensor.nbytes for tensor in tensors.values())
+
         try:
-            self._all("the first rank's folder", lambda: begin(part, needed) if ranks.first else None)
-            self._all("the sight of it", lambda: see(part))
+            needed = sum(self._all("the others", count))
+            self._all(
+                "the first rank's folder", lambda: published.begin(part, needed) if ranks.first else None
+            )
+            self._all("the sight of it", lambda: published.see(part))
             entries = self._all("the ranks' files", lambda: (name, saved.write(part / name, tensors)))
             manifest = job.manifest | {"files": dict(entries), "export": {}}
             self._all("the first rank", lambda: self._publish(part, final, manifest) if ranks.first else None)
         except Failed as error:
             if ranks.first:
                 shutil.rmtree(part, ignore_errors=True)
-            free = room_at(folder)
-            room = f" ({size(needed)} are needed, {size(free)} are free)" if free is not None else ""
+            free = published.room_at(folder)
+            room = (
+                f" ({size(needed)} are needed, {size(free)} are free)" if needed and free is not None else ""
+            )
             raise Failed(f"{final.parent.name}/{final.name} could not be written: {error}{room}") from None
         if ranks.first:
             self._prune(folder)
             seconds = time.monotonic() - began
             self.tell(
-                f"{folder.name}/{final.name} is written: {size(needed)} in {seconds:.1f} s, "
-                f"of which training stood still for {job.copied:.2f} s"
+                f"{folder.name}/{final.name} is written: {size(needed)} in {seconds:.1f} s; "
+                f"training stood still for {job.still:.2f} s"
             )
 
     def _publish(self, part: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -259,38 +276,16 @@ class Writer:
         return [value for value, _ in every]  # type: ignore[misc]
 
 
+def is_average(key: str) -> bool:
+    """Whether kind/parameter/start is of an average."""
+    return profiles.is_average(key.split("/")[0])
+
+
 def reason(error: Exception) -> str:
     """An error in few words."""
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     return ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
-
-
-def begin(part: Path, needed: int) -> None:
-    """Make the hidden folder, if its disk has room. OSError if it has not."""
-    for left in part.parent.glob(".step-*.part"):
-        shutil.rmtree(left, ignore_errors=True)
-    part.mkdir(parents=True)
-    free = room_at(part)
-    if free is not None and free < needed:
-        raise OSError(errno.ENOSPC, "the disk is full", str(part.parent))
-
-
-def see(part: Path) -> None:
-    """Wait until this machine sees the folder too. OSError if it does not."""
-    end = time.monotonic() + SEEN
-    while not part.is_dir():
-        if time.monotonic() > end:
-            raise OSError(errno.ENOENT, "all ranks need one shared disk, this one does not see", str(part))
-        time.sleep(0.05)
-
-
-def room_at(folder: Path) -> int | None:
-    """Free bytes on a folder's disk; None if they cannot be known."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
 
 
 def size(count: int) -> str:

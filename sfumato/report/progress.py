@@ -48,6 +48,8 @@ class Progress:
         self.intervals: deque[tuple[int, float]] = deque(maxlen=RATE_LINES)
         self.shown_at = -math.inf
         self.waiting: str | None = None
+        self.full = False
+        """Whether the file took no more."""
         if not first:
             return
         cut_after(path, start)
@@ -63,8 +65,10 @@ class Progress:
         """Forget the steps after `step`, which were undone; nothing happens if there are none."""
         if not self.first or step >= self.last_step:
             return
-        self.file.close()
-        cut_after(self.path, step)
+        with self.writing():
+            self.file.close()
+        with self.writing():
+            cut_after(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
         self.last_step = step
 
@@ -90,9 +94,21 @@ class Progress:
             f"{kind}_memory_gib": memory,
         }
         self.last_step, self.last_time, self.outside = step, now, 0.0
-        self.file.write(json.dumps({key: finite(value) for key, value in record.items()}) + "\n")
-        self.file.flush()
+        with self.writing():
+            self.file.write(json.dumps({key: finite(value) for key, value in record.items()}) + "\n")
+            self.file.flush()
         self.show(describe(record, kind, self.steps, self.seconds_left()), now)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Writing to the file within it ends no run; what a full disk did not take is tried again later."""
+        try:
+            yield
+            self.full = False
+        except OSError as error:
+            if not self.full:
+                self.full = True
+                self.note(f"{self.path} cannot be written: {error.strerror or error}; training goes on")
 
     def show(self, line: str, now: float) -> None:
         """Put a line on the console, unless one was put there a moment ago; the last step's always is."""
@@ -137,7 +153,8 @@ class Progress:
             self.show(self.waiting, math.inf)
         if self.live is not None:
             self.live.stop()
-        self.file.close()
+        with self.writing():
+            self.file.close()
 
     def __enter__(self) -> "Progress":
         return self

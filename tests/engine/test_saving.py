@@ -97,7 +97,7 @@ def late_views(folder: Path) -> None:
 
 
 def failing(folder: Path) -> dict[str, Any]:
-    """Rank 1's disk is full at steps 2 and 5."""
+    """Rank 1's disk is full at steps 2 and 5, and its memory at step 6."""
     engine = toys.make(toys.config(**ADAM, checkpoint__keep=2, checkpoint__keep_every=3))
     told: list[str] = []
     steps(engine, 1)
@@ -121,8 +121,16 @@ def failing(folder: Path) -> dict[str, Any]:
                 seen = sorted(path.name for path in (folder / "checkpoints").iterdir())
                 assert ended, "the last save failed, and nothing said so"
                 ended = ""
-        engine.ranks.barrier()
-        writer._failure = None  # the block may be left
+        memory = writer._memory
+        if engine.ranks.rank == 1:
+            memory.layout = {}
+            memory._room = lambda size: torch.empty(2**60, dtype=torch.uint8)  # type: ignore[method-assign]
+        writer.save()
+        with pytest.raises(UserError, match="rank 1: RuntimeError: .* memory"):
+            writer.join()
+        memory.__dict__.pop("_room", None)
+        steps(engine, 1)
+        writer.save()
     return {"told": told, "seen": seen, "ended": ended, "left": sorted(p.name for p in folder.rglob("*"))}
 
 
@@ -232,13 +240,13 @@ def test_a_full_disk_costs_no_checkpoint_and_no_run(two: list[Any]) -> None:
     assert first["seen"] == ["step-000001"], "a failed save left something, or took something away"
     assert second["told"] == []
     wrong = [text for text in first["told"] if "could not be written" in text]
-    assert len(wrong) == 2 and len(first["told"]) == 5
+    assert len(wrong) == 3 and len(first["told"]) == 7
     for part in ("checkpoints/step-000002", "rank 1: File too large", "are needed", "are free", "goes on"):
         assert part in wrong[0], wrong[0]
     for result in (first, second):
         assert "rank 1: File too large" in result["ended"] and "goes on from step 4" in result["ended"]
     names = [name for name in first["left"] if name.startswith(("step", ".step"))]
-    assert names == ["step-000003", "step-000004"]
+    assert names == ["step-000003", "step-000004", "step-000007"]
 
 
 def test_a_rank_that_does_not_save_is_named_in_time(two: list[Any], place: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sfumato import launch
-from sfumato.errors import CONTINUE, Stopped
+from sfumato.errors import CONTINUE, Stopped, UserError
 from sfumato.stopping import Stopping
 from tests.engine.ranks import run_ranks
 
@@ -55,10 +55,18 @@ def test_before_the_loop_a_signal_ends_at_once_and_in_it_at_the_next_turn(number
 
 
 def test_a_signal_in_the_last_turn_is_not_lost() -> None:
-    with pytest.raises(Stopped, match="at step 7"), Stopping() as stopping:
+    with Stopping() as stopping, stopping.together(ALONE, 60):
+        assert not stopping.agreed(7)
+        send(signal.SIGTERM)
+    assert stopping.reason == signal.SIGTERM and "at step 7, which is saved" in str(stopping.error(7))
+
+
+def test_a_signal_after_the_loop_tells_what_is_saved() -> None:
+    with pytest.raises(Stopped, match="at step 7, which is saved: SIGTERM"), Stopping() as stopping:
         with stopping.together(ALONE, 60):
             assert not stopping.agreed(7)
-            send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        time.sleep(5)
 
 
 def test_an_error_of_the_loop_stays_what_it_is() -> None:
@@ -67,9 +75,24 @@ def test_an_error_of_the_loop_stays_what_it_is() -> None:
         assert 1 / 0
 
 
+def test_a_signal_hides_no_error_that_is_on_its_way() -> None:
+    """torchrun sends one to all ranks when one of them has failed."""
+    with pytest.raises(ZeroDivisionError), Stopping() as stopping:
+        try:
+            with stopping.together(ALONE, 60):
+                assert 1 / 0
+        finally:
+            send(signal.SIGTERM)
+            time.sleep(0.1)
+
+
 def test_a_file_asks_and_is_removed_when_that_is_obeyed(tmp_path: Path) -> None:
     with Stopping(file=tmp_path / "stop") as stopping, stopping.together(ALONE, 60):
         assert not stopping.agreed(0)
+        (tmp_path / "stop").mkdir()  # somebody's folder is none
+        stopping._looked -= 10
+        assert not stopping.agreed(0)
+        (tmp_path / "stop").rmdir()
         (tmp_path / "stop").touch()
         stopping._looked -= 10
         assert stopping.agreed(1)
@@ -85,6 +108,15 @@ def test_the_time_is_up_whatever_the_clock_shows(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(time, "monotonic", lambda: now + 91)
         assert stopping.agreed(1)
     assert stopping.why == "time_limit = 1.5 minutes are over"
+    assert isinstance(stopping.error(1), Stopped)
+
+
+def test_a_limit_that_loading_takes_whole_is_no_call_to_go_on() -> None:
+    """Else whatever starts the run again on exit code 75 would do so for ever."""
+    with Stopping(minutes=1e-9) as stopping, stopping.together(ALONE, 60):
+        assert stopping.agreed(4)
+    error = stopping.error(4)
+    assert isinstance(error, UserError) and "before one step was done" in str(error)
 
 
 def test_what_is_ignored_stays_ignored() -> None:

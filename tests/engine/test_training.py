@@ -109,9 +109,10 @@ def test_t7_catches_a_resume_that_starts_the_epoch_anew(place: Path) -> None:
 
 
 def test_one_run_over_other_stages_and_ranks(place: Path) -> None:
-    """Stage 1 on two ranks, then 3 on one, then 2 on two, against stage 0 on one: the same curve."""
-    straight = train(place, name="one", steps=6, engine__zero_stage=0)
-    for steps, world, stage, micro in ((2, 2, 1, 1), (4, 1, 3, 2), (6, 2, 2, 2)):
+    """From every stage and 1, 2 and 4 ranks to another, against stage 0 on one rank: the same curve."""
+    straight = train(place, name="one", steps=7, engine__zero_stage=0)
+    legs = ((2, 1, 1), (1, 3, 2), (4, 2, 1), (2, 0, 1), (4, 3, 1), (1, 1, 2), (2, 2, 2))
+    for steps, (world, stage, micro) in enumerate(legs, 1):
         moved = train(
             place, world, name="moved", steps=steps, engine__zero_stage=stage, micro_batch_size=micro
         )

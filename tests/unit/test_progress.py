@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     assert line["process_memory_gib"] > 0.01
     told.close()
     told.close()
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Progress(path, 10, 4, console=plain()) as told:
+        told.step(1, {"loss": 1.0})
+        there = os.dup(told.file.fileno())
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, told.file.fileno())
+        told.step(2, {"loss": 2.0})
+        told.step(3, {"loss": 3.0})
+        os.dup2(there, told.file.fileno())
+        told.step(4, {"loss": 4.0})
+    os.close(there)
+    os.close(full)
+    assert [line["step"] for line in read(path)] == [1, 2, 3, 4]
+    assert text(told.console).count("No space left on device; training goes on") == 1
 
 
 def test_numbers_that_json_has_not(tmp_path: Path) -> None:

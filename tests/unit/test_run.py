@@ -1,5 +1,8 @@
 """Where a run goes on: the newest whole checkpoint, under settings that may differ, each of which is told."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,44 @@ def test_one_under_another_name_is_not_taken(tmp_path: Path) -> None:
     save(asked, 20).rename(asked.folder / "checkpoints" / "step-000030")
     step, told = latest(asked)
     assert step == 10 and "step-000030.damaged: it holds step 20" in told[0]
+
+
+def test_averages_of_steps_that_were_undone_are_not_mixed_with_those_to_come(tmp_path: Path) -> None:
+    asked = config(tmp_path)
+    save(asked, 20)
+    for step in (10, 20, 30, 40):
+        write_checkpoint(asked.folder / "averages", step)
+    with pytest.raises(UserError, match="optimizer.lr"):
+        latest(config(tmp_path, optimizer__lr=2e-3))
+    assert published.steps_in(asked.folder / "averages") == [10, 20, 30, 40], "a start that is refused"
+    step, told = latest(asked)
+    assert step == 20 and told[1:] == ["averages of step 30, 40 were removed: made anew"]
+    assert published.steps_in(asked.folder / "averages") == [10, 20]
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on node-3", end="", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PATIENCE", 0.3)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / run.LOCK], stdin=pipe, stdout=pipe
+    ) as other:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="process 7 on node-3 does so"), run.alone(tmp_path, ALONE):
+            pass
+        other.kill()
+    for _ in range(2):
+        with run.alone(tmp_path, ALONE):
+            assert str(os.getpid()) in (tmp_path / run.LOCK).read_text()
 
 
 def test_another_format_is_left_where_it_is(tmp_path: Path) -> None:

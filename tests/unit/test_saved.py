@@ -93,6 +93,8 @@ def test_copies_are_real_and_their_memory_is_used_again() -> None:
     places = {name: copy.data_ptr() for name, copy in copies.items()}
     assert {name: copy.data_ptr() for name, copy in memory.copy(live).items()} == places
     assert not any(copy.any() for copy in copies.values())
+    assert [*memory.copy({"b": live["b"]})] == ["b"], "of a few alone"
+    assert {name: copy.data_ptr() for name, copy in memory.copy(live).items()} == places
     assert memory.copy({"a": torch.ones(11)})["a"].tolist() == [1] * 11
 
 
@@ -112,6 +114,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte of the manifest": (
         lambda path: edit(path, '"samples": 2000', '"samples": 2001'),
         "manifest.json is not as it was written",
+    ),
+    "a file that the disk does not give": (
+        lambda path: (path / "notes").symlink_to("/proc/self/mem"),
+        "notes cannot be read: Input/output error",
     ),
     "half a manifest": (
         lambda path: os.truncate(path / "manifest.json", 300),
@@ -178,6 +184,7 @@ def test_names_and_what_a_path_stands_for(tmp_path: Path) -> None:
         write_checkpoint(folder, step)
     (folder / "step-7").mkdir()
     (folder / "step-000009").write_text("a file")
+    (folder / "step-0000008").mkdir()
     aside = published.set_aside(published.path_of(folder, 20))
     assert published.steps_in(folder) == [3, 1_000_000]
     assert published.checkpoint_of(tmp_path) == folder / "step-1000000"
@@ -247,6 +254,14 @@ def test_room_for_all_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         check_folder(config, None, 1000)
     write_checkpoint(config.folder / "checkpoints", 10)
     check_folder(config, None, 1000)  # the one that is there needs no room
+    ema = {"enabled": True, "profiles": [0.1], "snapshots": 30}
+    config = parse(config.model_dump() | {"ema": ema})
+    free = 2 * size.checkpoint_bytes(config, None, 1000) + 8000
+    with pytest.raises(UserError, match="2 more checkpoints and 4 more copies of averages take"):
+        check_folder(config, None, 1000)
+    for step in (30, 60):
+        write_checkpoint(config.folder / "averages", step)
+    check_folder(config, None, 1000)  # likewise
 
 
 def test_a_pickle_in_place_of_a_ranks_file_is_named(path: Path) -> None:
