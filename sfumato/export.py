@@ -87,7 +87,8 @@ def ready(
     there = to or saved.path.parent.parent / "export"
     _, chosen = pick(saved, config, weights, width)
     facts = facts_of(saved, config, chosen, dtype or config.export.dtype)
-    if told_by(there) == facts and newer(there / FACTS, saved.path / checkpoint.MANIFEST):
+    # Of the manifest the last lines are written after the export.
+    if told_by(there) == facts and newer(there / FACTS, saved.path / min(saved.state["files"])):
         return there
     return export(run, to, dtype, weights, width=width)
 

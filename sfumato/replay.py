@@ -63,6 +63,10 @@ def replay(folder: Path, tell: Callable[[str], None] = print) -> bool:
     parts_of = [batches_of(folder / file_of(rank)) for rank in range(world)]
     place = ranks.start(config.engine.timeout)
     saved, said = weights_of(run, facts["step"])
+    if saved is not None and (damage := saved.problems()):
+        raise UserError(
+            f"the checkpoint {saved.path}", "; ".join(damage), "start the run, which sets it aside"
+        )
     tell(f"step {facts['step']}, batch {facts['position']}, {said}")
     method = methods.build(config, start.load_family(config, place))
     objective = Objective(config.objective, method.family.scheduler_config)

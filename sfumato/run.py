@@ -182,9 +182,12 @@ def whole(path: Path, place: Ranks, say: Callable[[str], None]) -> checkpoint.Sa
 
     def look() -> tuple[list[str], list[str]]:
         try:
+            published.see(path)
             saved = checkpoint.Saved(path)
         except published.Damaged as error:
             return [error.wrong], []
+        except OSError as error:
+            raise UserError(f"the checkpoint {path}", str(error), "name a shared disk") from None
         opened.append(saved)
         renamed = (
             [f"it holds step {saved.step}"] if saved.step != int(path.name.removeprefix("step-")) else []
@@ -289,7 +292,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def free(name: str, config: Config) -> bool:
     """Whether a setting may change between two starts of one run."""
-    if name in BASE and config.method.kind != "full":
+    if name == "engine.precision" or (name in BASE and config.method.kind != "full"):
         return False
     if name == "steps" and config.optimizer.schedule != "constant":
         return False  # the learning rate falls over all of them

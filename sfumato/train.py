@@ -1,7 +1,7 @@
 """The loop: the order of events, and no arithmetic."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, cycle
@@ -118,6 +118,7 @@ def train(config: Config) -> Path:
             watch.beat(engine.step_count, "writing the last checkpoint")
             if not (writer.is_saved() or (saved is not None and saved.position == engine.position)):
                 save(writer)
+            watch.beat(engine.step_count, "waiting for the last checkpoint")
             writer.join()
         if stopping.reason:
             raise stopping.error(engine.step_count)
@@ -160,7 +161,8 @@ def applied(
                 save(writer)
             raise
         if verdict == "back":
-            writer.join()
+            with suppress(UserError):  # a write that failed was told; an older checkpoint does as well
+                writer.join()
             newest = run.latest(engine.config, writer.facts["data"], engine.ranks, writer.tell)
             assert newest is not None, "no checkpoint was written to go back to"
             checkpoint.load(engine, newest)

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sfumato.engine.published import sync
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.shards import shape_of
 from sfumato.errors import UserError
@@ -82,6 +83,7 @@ def starting(
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         save_file(drawn, part)
+        sync(part)
         part.rename(file)
     ranks.barrier()
     return WeightFiles({**files, "": [file]} if file.exists() else files, called)

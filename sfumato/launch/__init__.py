@@ -43,6 +43,7 @@ __all__ = ["ERROR_FILE", "follow_supervisor", "is_echo", "pulse_here", "report",
 
 POLL = 0.05  # seconds between two looks at the ranks
 SETTLE = 1.0  # seconds from a rank's failure to the others' end, in which one may still tell the true cause
+LEAVING = 20.0  # seconds from a rank's word that it failed to its end; a library's farewell may hang
 PATIENCE = 600.0  # seconds from the user's signal to SIGKILL: a checkpoint may be being written
 REPEATED = 0.5  # seconds in which one wish may come twice, as from `timeout`, which tells its group as well
 TAIL = 20  # lines of a log that are shown for a rank that died without telling why
@@ -140,6 +141,7 @@ def watch(ranks: Sequence[Rank], asked: Asked) -> tuple[list[Ending], str | None
     left = list(ranks)
     kill_at = math.inf
     warned = 0
+    failing: dict[int, float] = {}  # rank -> since when its error is known
     stopping = False
     while left:
         now = time.monotonic()
@@ -149,6 +151,10 @@ def watch(ranks: Sequence[Rank], asked: Asked) -> tuple[list[Ending], str | None
             endings.append(ending(rank))
             if endings[-1].code not in (0, CONTINUE) and not rank.killed:
                 kill_at = min(kill_at, now + SETTLE)
+        for rank in left:
+            if rank.error.exists() and now > failing.setdefault(rank.number, now) + LEAVING:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.process.pid, signal.SIGKILL)
         if warned < asked.warnings:
             warned = asked.warnings
             for rank in left:
@@ -179,7 +185,7 @@ def ending(rank: Rank) -> Ending:
     """What an ended rank told, which also goes to its log."""
     code = rank.process.returncode
     try:
-        said = json.loads((rank.scratch / f"error-{rank.number}.json").read_text(encoding="utf-8"))
+        said = json.loads(rank.error.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return Ending(rank, code, time.time())
     with rank.log.open("a", encoding="utf-8") as log:

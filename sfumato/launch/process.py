@@ -37,6 +37,11 @@ class Rank:
     """Whether we have ended it before it ended."""
 
     @property
+    def error(self) -> Path:
+        """Where it tells why it ends."""
+        return self.scratch / f"error-{self.number}.json"
+
+    @property
     def hangs(self) -> bool:
         """Whether its beats stay away for longer than it said itself; looked at often."""
         beat = self.pulse.read()

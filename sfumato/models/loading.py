@@ -71,6 +71,8 @@ def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, de
         if kind.__module__.startswith("diffusers")
         else {"dtype": dtype, "trust_remote_code": False}  # unset, it would ask whoever sits there
     )
+    if (folder / "adapter_config.json").exists():  # transformers would load what it names, from anywhere
+        raise UserError(f"the {kind.__name__} in {folder}", "an adapter_config.json is there", "remove it")
     try:
         with quiet():
             model, found = kind.from_pretrained(  # type: ignore[attr-defined]

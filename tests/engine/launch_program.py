@@ -96,6 +96,9 @@ def work(case: str, rank: int) -> int:
         sleep_for_ever()
     elif case in ("hangs", "frozen", "dies"):
         train(case, rank)
+    elif case == "lingers" and rank == 1:
+        launch.report(RuntimeError("the wheel came off"))
+        stuck()  # as NCCL's teardown may be
     elif case == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sleep_for_ever()
@@ -109,5 +112,6 @@ if __name__ == "__main__":
         launch.follow_supervisor()
         sys.exit(cli.guarded(lambda: work(sys.argv[2], int(os.environ["RANK"]))))
     count, case, logs = sys.argv[1:]
+    launch.LEAVING = 1.0
     command = [sys.executable, __file__, "rank", case]
     sys.exit(launch.run(command, int(count), Path(logs)))

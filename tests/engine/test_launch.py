@@ -170,6 +170,12 @@ def test_a_rank_that_dies_is_told_with_its_last_step(tmp_path: Path) -> None:
     assert "at step 2, waiting for data; its log is" in err
 
 
+def test_a_rank_that_failed_and_does_not_leave_is_ended(tmp_path: Path) -> None:
+    code, _, err = finish(begin("lingers", tmp_path))
+    assert code == 128 + signal.SIGKILL
+    assert "the wheel came off" in err and "rank 1 of 2" in err
+
+
 def test_a_rank_that_hangs_ends_all(tmp_path: Path) -> None:
     """It is named with its step and its place in the code, though rank 0 is as still as it."""
     code, _, err = finish(begin("hangs", tmp_path))

@@ -36,6 +36,7 @@ def pictures(folder: Path, rank: int = 0, world: int = 1) -> list[Picture]:
 def shard(net: torch.nn.Module) -> None:
     """Let DeepSpeed's stage 3 keep a part of every weight on each rank and gather it in the forward pass."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    net.requires_grad_(True)  # what does not learn it would leave whole
     deepspeed.initialize(
         model=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.0),

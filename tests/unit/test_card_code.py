@@ -50,6 +50,7 @@ def write_export(place: Path, family: str, kind: str, folder: Path) -> str:
         drawn = method.draw(0)
         # A LoRA that was not trained changes nothing.
         numbers = {name: torch.randn_like(t) if "lora_B" in name else t for name, t in drawn.items()}
+        method.frame(folder, torch.float32, {})
         method.export(numbers, folder, torch.float32, {})
     elif kind == "controlnet":
         with quiet():
@@ -64,7 +65,7 @@ def write_export(place: Path, family: str, kind: str, folder: Path) -> str:
         save_file(rows, folder / "learned_embeds.safetensors")
     trigger = "<new>" if kind == "textual_inversion" else settings.data.prompt
     facts = {"step": 1, "weights": "weight", "family": family, "trigger": trigger, "sfumato": "0"}
-    card.write(folder, settings, {"step": 1, "data": "x"}, facts)
+    card.write(folder, settings, {"step": 1, "samples": 4, "data": "x"}, facts)
     (folder / family).symlink_to(place / family)  # the reader's own copy of the base
     block = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert block is not None

@@ -180,6 +180,7 @@ def test_harmless_changes_are_told_one_line_each(tmp_path: Path) -> None:
 
 HARMFUL: list[dict[str, Any]] = [
     {"optimizer__lr": 2e-3},
+    {"engine__precision": "fp32"},
     {"seed": 5},
     {"batch_size": 2},
     {"ema__decay": 0.5},
