@@ -18,13 +18,15 @@ CELLS = [
 ]
 
 
-def plain_gradient(dtype: torch.dtype, micro: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+def plain_gradient(
+    dtype: torch.dtype, micro: int = 1, deep: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
     """Gradient of the mean over the global batch and that batch's losses (8,), by torch alone.
 
     The samples go through in the same portions as in the run, and the portions are summed in float64.
     """
-    net = toys.unet()
-    net.load_state_dict(toys.start_weights())
+    net = toys.unet(deep)
+    net.load_state_dict(toys.start_weights(deep))
     net = net.to(dtype)
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in net.named_parameters()}
     losses = []
@@ -38,10 +40,11 @@ def plain_gradient(dtype: torch.dtype, micro: int = 1) -> tuple[dict[str, Tensor
     return {name: g.flatten() for name, g in sums.items()}, torch.cat(losses)
 
 
-def moved(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+def moved(results: list[dict[str, Any]], deep: bool = False) -> dict[str, Tensor]:
     """How far the fp32 masters went: with plain descent at rate 1 after one step, the gradient."""
     weights = toys.joined(results)
-    return {name: start.flatten() - weights[name] for name, start in toys.start_weights().items()}
+    start = toys.start_weights(deep)
+    return {name: numbers.flatten() - weights[name] for name, numbers in start.items()}
 
 
 def check_gradient(gradient: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float) -> None:
@@ -97,6 +100,23 @@ def test_t17_with_checkpointing_attention_and_deepspeeds_own_keys() -> None:
     jobs = [(toys.config(micro_batch_size=2, **extra), 1) for extra in EXTRAS]
     for results in toys.on_ranks(2, jobs):
         check_gradient(moved(results), reference, 1e-5)
+
+
+def test_t17_with_every_kind_of_block() -> None:
+    cells = ((1, "fp32"), (3, "fp32"), (2, "bf16"))
+    jobs = [
+        (
+            toys.config(
+                name=toys.DEEP, micro_batch_size=2, engine__zero_stage=stage, engine__precision=precision
+            ),
+            1,
+        )
+        for stage, precision in cells
+    ]
+    for results, (_, precision) in zip(toys.on_ranks(2, jobs), cells, strict=True):
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        reference, _ = plain_gradient(dtype, 2, deep=True)
+        check_gradient(moved(results, deep=True), reference, 1e-5 if precision == "fp32" else 5e-3)
 
 
 def parts_held(settings: Any) -> list[tuple[int, int]]:

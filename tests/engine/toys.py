@@ -19,31 +19,39 @@ from tests.engine.ranks import run_ranks
 GLOBAL = 8  # samples per optimizer step
 
 
-def unet() -> UNet2DConditionModel:
-    """Convolutions, skips and attention to a text, in few tensors: stage 3 costs time for each of them."""
+DEEP = "deep"
+"""The name of runs that train the deep U-Net."""
+
+
+def unet(deep: bool = False) -> UNet2DConditionModel:
+    """Convolutions, skips and attention to a text, in few tensors: stage 3 costs time for each of them.
+
+    deep: with a second size and attention in every kind of block, as real ones have.
+    """
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(16,),
+        block_out_channels=(16, 32) if deep else (16,),
         norm_num_groups=8,
         cross_attention_dim=16,
         attention_head_dim=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
+        down_block_types=down if deep else ("DownBlock2D",),
+        up_block_types=up if deep else ("UpBlock2D",),
     )
 
 
-def start_weights() -> dict[str, Tensor]:
+def start_weights(deep: bool = False) -> dict[str, Tensor]:
     """The same fp32 numbers everywhere, with digits that bf16 cannot hold."""
     torch.manual_seed(0)
-    return {name: p.detach().clone() for name, p in unet().named_parameters()}
+    return {name: p.detach().clone() for name, p in unet(deep).named_parameters()}
 
 
-def start_file() -> WeightFiles:
+def start_file(deep: bool = False) -> WeightFiles:
     with tempfile.TemporaryDirectory() as folder:
-        save_file(start_weights(), Path(folder) / "start.safetensors")
+        save_file(start_weights(deep), Path(folder) / "start.safetensors")
         return WeightFiles({"": [Path(folder) / "start.safetensors"]})  # it stays open
 
 
@@ -78,12 +86,14 @@ def config(**changes: Any) -> Config:
 
 
 def make(settings: Config) -> Engine:
+    deep = settings.name == DEEP
+
     def build() -> UNet2DConditionModel:
-        net = unet()
+        net = unet(deep)
         prepare(net, settings.engine.attention, settings.engine.gradient_checkpointing)
         return net
 
-    return Engine(settings, ranks.start(60), build, start_file())
+    return Engine(settings, ranks.start(60), build, start_file(deep))
 
 
 def one_step(engine: Engine, step: int) -> bool:
