@@ -78,13 +78,15 @@ class Storm:
     damage: Counter[str] = field(default_factory=Counter)
     announced: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
+    spoilt: set[int] = field(default_factory=set)
+    """Steps whose checkpoint was damaged here, and is perhaps not set aside yet."""
 
     def blow(self, start: Callable[[int, str], Started]) -> str:
         """Start the run, kill a rank or all at a random instant, perhaps spoil a checkpoint; the moment."""
         moment, reached = self.draw.choice(MOMENTS), last_step(self.folder)
         going = start(reached + STEPS_AHEAD, self.folder.name)
         wait_for(going, self.folder, moment, reached, self.draw)
-        self.announced |= published(self.folder)
+        self.listen()
         victims = going.ranks()
         if self.draw.random() < 0.5 or not victims:
             going.end()
@@ -94,14 +96,21 @@ class Storm:
             going.end()
             raise RuntimeError(f"killed while {moment}, the run did not end in {LIMIT:.0f} s")
         self.kills[moment] += 1
-        self.announced |= published(self.folder)
+        self.listen()
         self.lost |= {step for step in newest(self.announced) if not whole(self.folder, step)}
         steps = sorted(published(self.folder))
         if len(steps) > 1 and self.draw.random() < SPOILT:
             spoilt = checkpoint.path_of(self.folder / "checkpoints", steps[-1])
             self.damage[spoil(spoilt, self.draw)] += 1
             self.announced.discard(steps[-1])
+            self.spoilt.add(steps[-1])
         return moment
+
+    def listen(self) -> None:
+        """Take note of what is published. One of a spoilt step counts once it was written again."""
+        now = published(self.folder)
+        self.spoilt = {step for step in self.spoilt & now if not whole(self.folder, step)}
+        self.announced |= now - self.spoilt
 
 
 def storm(

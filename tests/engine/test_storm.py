@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from sfumato.bench import faults, fire
+from sfumato.engine import checkpoint
 from tests.engine import runs
 from tests.engine.ranks import as_users_start_it, fork_server, free_port
 
@@ -81,6 +83,27 @@ def test_ten_kills_lose_nothing(place: Path) -> None:
     assert sum(found["kills"].values()) == 10
     assert faults.good(found), found
     assert found["announced"] > 0 and found["steps"] >= 10
+    check_that_damage_is_seen(place / "runs" / "storm")
+
+
+def check_that_damage_is_seen(folder: Path) -> None:
+    """Each way to spoil a checkpoint counts as lost, unless the storm itself did it."""
+    seen, draw = faults.Storm(folder, random.Random(0)), random.Random(0)
+    seen.listen()
+    step = max(seen.announced)
+    kept, ways = checkpoint.path_of(folder / "checkpoints", step), set()
+    while len(ways) < 4:
+        shutil.copytree(kept, folder / "kept")
+        assert faults.whole(folder, step)
+        ways.add(fire.spoil(kept, draw))
+        assert not faults.whole(folder, step), ways
+        shutil.rmtree(kept)
+        (folder / "kept").rename(kept)
+    fire.spoil(kept, draw)
+    seen.announced.discard(step)
+    seen.spoilt.add(step)
+    seen.listen()
+    assert step not in seen.announced and seen.announced
 
 
 def test_the_comparison_sees_what_a_storm_could_do(place: Path) -> None:
