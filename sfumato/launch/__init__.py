@@ -190,7 +190,8 @@ def ending(rank: Rank) -> Ending:
         return Ending(rank, code, time.time())
     with rank.log.open("a", encoding="utf-8") as log:
         log.write(said["text"] + "\n")
-    return Ending(rank, code, said["when"], said["text"], said["echo"])
+    # One that told why it ends, and had to be helped, has the code of its error.
+    return Ending(rank, said["code"] if code < 0 else code, said["when"], said["text"], said["echo"])
 
 
 def verdict(endings: Sequence[Ending], hung: str | None, asked: Asked, ranks: int) -> tuple[int, str | None]:

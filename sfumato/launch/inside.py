@@ -58,7 +58,8 @@ def report(error: BaseException) -> bool:
         return False
     plain = isinstance(error, UserError | Lost)
     text = str(error) if plain else "".join(traceback.format_exception(error)).rstrip()
-    said = {"text": text, "when": time.time(), "echo": is_echo(error)}
+    code = 2 if isinstance(error, UserError) else 1
+    said = {"text": text, "when": time.time(), "echo": is_echo(error), "code": code}
     path = Path(os.environ[ERROR_FILE])
     try:
         path.with_suffix(".part").write_text(json.dumps(said), encoding="utf-8")

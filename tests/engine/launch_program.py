@@ -112,6 +112,6 @@ if __name__ == "__main__":
         launch.follow_supervisor()
         sys.exit(cli.guarded(lambda: work(sys.argv[2], int(os.environ["RANK"]))))
     count, case, logs = sys.argv[1:]
-    launch.LEAVING = 1.0
+    launch.LEAVING = 1.0 if case == "lingers" else launch.LEAVING
     command = [sys.executable, __file__, "rank", case]
     sys.exit(launch.run(command, int(count), Path(logs)))
