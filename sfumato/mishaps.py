@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from sfumato.config import Config
@@ -119,9 +118,7 @@ class Mishaps:
                 strict=True,
             )
         ]
-        every: list[Any] = [None] * self.place.world
-        dist.all_gather_object(every, own)
-        return [sample for part in every for sample in part]
+        return [sample for part in self.place.gathered(own) for sample in part]
 
     def end(self, engine: Engine, samples: list[Sample], folder: Path | None, collapsed: bool) -> UserError:
         """The error that ends the run."""
@@ -177,9 +174,7 @@ class Mishaps:
             files.save(batches, part / file_of(self.place.rank))
         except (OSError, SafetensorError) as error:
             mine = mine or str(error)
-        every: list[Any] = [None] * self.place.world
-        dist.all_gather_object(every, mine)
-        wrong = next((error for error in every if error is not None), None)
+        wrong = next((error for error in self.place.gathered(mine) if error is not None), None)
         if wrong is not None:
             self.tell(f"the batch of step {engine.step_count} could not be written to {final}: {wrong}")
         if self.place.first and wrong is None:

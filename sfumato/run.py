@@ -14,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from sfumato.config import Config, parse
 from sfumato.data.index import Index
 from sfumato.engine import checkpoint, published
@@ -167,9 +165,7 @@ def together(place: Ranks, act: Callable[[], Any]) -> list[Any]:
         mine = act()
     except UserError as error:
         mine = error
-    every = [mine] * place.world
-    if place.world > 1:
-        dist.all_gather_object(every, mine)
+    every = place.gathered(mine)
     for found in every:
         if isinstance(found, UserError):
             raise found

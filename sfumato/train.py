@@ -105,7 +105,7 @@ def train(config: Config) -> Path:
                     if spikes.take(metrics["loss"]):
                         told.note(spikes.describe(engine.step_count, metrics["loss"]))
                     if config.log.samples:
-                        metrics["samples"] = sorted(place.gathered([*chain(*seen.values())]))
+                        metrics["samples"] = sorted(chain(*place.gathered([*chain(*seen.values())])))
                     told.step(engine.step_count, metrics | {"spike": spikes.now})
                     seen = {}
                 with told.aside():

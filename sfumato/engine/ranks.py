@@ -5,6 +5,7 @@ import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -42,12 +43,12 @@ class Ranks:
             values = values / self.world
         return values
 
-    def gathered(self, values: list[int]) -> list[int]:
-        """The numbers of all ranks, in the order of ranks."""
-        every: list[list[int]] = [values] * self.world
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank gives, in the order of ranks, on all of them."""
+        every = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(every, values)
-        return [value for part in every for value in part]
+            dist.all_gather_object(every, value)
+        return every
 
     def any(self, flag: bool) -> bool:
         """True on all ranks if it is true on one."""
