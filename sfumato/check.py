@@ -20,7 +20,7 @@ from sfumato.data.buckets import Cells, reason
 from sfumato.data.index import Index, open_index
 from sfumato.engine.ds_keys import check_nested_keys, deepspeed_faults
 from sfumato.engine.published import checkpoints_in, steps_in
-from sfumato.engine.size import checkpoint_bytes, count, kept_at_once, snapshot_bytes, snapshots
+from sfumato.engine.size import checkpoint_bytes, count, kept_at_once, readable, snapshot_bytes, snapshots
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine, learned, weight_files
 from sfumato.prior import Pictures
@@ -67,7 +67,7 @@ class Plan:
         yield "steps", f"{config.steps:,}, which are {epochs:,.2f} epochs of {epoch:,.0f} samples"
         yield "numbers", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"
         room = checkpoint_bytes(config, facts, self.parameters or 0)
-        yield "folder", f"{config.folder}" + (f" (a checkpoint takes {room / 1e9:,.2f} GB)" if room else "")
+        yield "folder", f"{config.folder}" + (f" (a checkpoint takes {readable(room)})" if room else "")
         if there := checkpoints_in(config.folder):
             yield "resume", f"from {there[-1].name}, or from the one before if that is not whole"
 
@@ -284,13 +284,13 @@ def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
         raise UserError(asked, f"{place} cannot be written to", "set another `output`, or change its owner")
     one, free = checkpoint_bytes(config, facts, parameters), shutil.disk_usage(place).free
     if one > free:
-        found = f"a checkpoint takes {one / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        found = f"a checkpoint takes {readable(one)}, and {readable(free)} are free"
         raise UserError(asked, found, "make room, or set `output` to a larger disk")
     count = max(0, kept_at_once(config) - len(checkpoints_in(config.folder)))
     copies = max(0, snapshots(config) - len(steps_in(config.folder / "averages")))
     needed = count * one + copies * snapshot_bytes(config, parameters)
     if needed > free:
         more = f"{count} more checkpoints" + (f" and {copies} more copies of averages" if copies else "")
-        found = f"{more} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        found = f"{more} take {readable(needed)}, and {readable(free)} are free"
         do = "make room, keep fewer ([checkpoint], ema.snapshots), or take another `output`"
         raise UserError(asked, found, do)

@@ -70,3 +70,8 @@ def count(files: Sequence[Path]) -> int:
             do = "download or export it again"
             raise UserError(f"the weights {path}", "no safetensors file, or a broken one", do) from None
     return total
+
+
+def readable(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

@@ -21,6 +21,7 @@ from torch import Tensor
 from sfumato.engine import profiles, published, saved
 from sfumato.engine.content import manifest_of, slices
 from sfumato.engine.engine import Engine
+from sfumato.engine.size import readable
 from sfumato.errors import UserError
 
 Told = TypeVar("Told")
@@ -217,14 +218,18 @@ class Writer:
                 shutil.rmtree(part, ignore_errors=True)
             free = published.room_at(folder)
             room = (
-                f" ({size(needed)} are needed, {size(free)} are free)" if needed and free is not None else ""
+                f" ({readable(needed)} are needed, {readable(free)} are free)"
+                if needed and free is not None
+                else ""
+                if needed and free is not None
+                else ""
             )
             raise Failed(f"{final.parent.name}/{final.name} could not be written: {error}{room}") from None
         if ranks.first:
             self._prune(folder)
             seconds = time.monotonic() - began
             self.tell(
-                f"{folder.name}/{final.name} is written: {size(needed)} in {seconds:.1f} s; "
+                f"{folder.name}/{final.name} is written: {readable(needed)} in {seconds:.1f} s; "
                 f"training stood still for {job.still:.2f} s"
             )
 
@@ -286,8 +291,3 @@ def reason(error: Exception) -> str:
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     return ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
-
-
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
