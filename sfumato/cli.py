@@ -87,7 +87,7 @@ def train(arguments: argparse.Namespace) -> int:
 def data(arguments: argparse.Namespace) -> int:
     """Look through the data of a config; a UserError if a run would refuse them."""
     settings = config.load(arguments.config, arguments.overrides)
-    from sfumato.doctor import examine
+    from sfumato.audit import examine
 
     examine(settings, arguments.out or settings.folder / "data", print)
     return 0

@@ -28,7 +28,7 @@ ROOMS = (
     ("start",),
     ("cache",),
     ("replay", "train"),
-    ("bench", "demo", "doctor"),
+    ("audit", "bench", "demo"),
     ("sample",),
     ("grammar",),
     ("cli",),

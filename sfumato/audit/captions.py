@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.audit.findings import Findings
+from sfumato.audit.words import Ruler
 from sfumato.config import Data
 from sfumato.data.index import Index
-from sfumato.doctor.findings import Findings
-from sfumato.doctor.words import Ruler
 
 CHUNK = 1024  # records whose captions are measured at once
 SHOWN = 12  # longest captions, and most frequent ones

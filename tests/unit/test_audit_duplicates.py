@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from sfumato.doctor import duplicates
-from sfumato.doctor.duplicates import BITS, LEVELS, PLAIN, exact, near
-from sfumato.doctor.pixels import difference_hash, pixels
-from tests.unit.test_doctor import scene
+from sfumato.audit import duplicates
+from sfumato.audit.duplicates import BITS, LEVELS, PLAIN, exact, near
+from sfumato.audit.pixels import difference_hash, pixels
+from tests.unit.test_audit import scene
 
 Hash = Callable[[np.ndarray], int]
 

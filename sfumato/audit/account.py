@@ -1,4 +1,4 @@
-"""What the doctor says: the figures of report.json, and of the table on the console.
+"""What the audit says: the figures of report.json, and of the table on the console.
 
 report.json, format 1. Sizes are in pixels, shares in [0, 1].
 
@@ -36,16 +36,16 @@ from rich.table import Table
 from rich.text import Text
 
 import sfumato
+from sfumato.audit import duplicates, fit
+from sfumato.audit.captions import Captions
+from sfumato.audit.duplicates import Groups
+from sfumato.audit.findings import Findings
+from sfumato.audit.pixels import Trait
+from sfumato.audit.walk import NONE, Walk
+from sfumato.audit.words import ruler
 from sfumato.config import Config
 from sfumato.data.buckets import Cells, reason
 from sfumato.data.index import Index
-from sfumato.doctor import duplicates, fit
-from sfumato.doctor.captions import Captions
-from sfumato.doctor.duplicates import Groups
-from sfumato.doctor.findings import Findings
-from sfumato.doctor.pixels import Trait
-from sfumato.doctor.walk import NONE, Walk
-from sfumato.doctor.words import ruler
 from sfumato.errors import UserError
 from sfumato.report.counter import Counter
 
@@ -56,7 +56,7 @@ ALIKE = Trait.BLANK | Trait.FAULT
 
 @dataclass
 class Examination:
-    """What the doctor looks at, and what it has seen that pages show."""
+    """What the audit looks at, and what it has seen that pages show."""
 
     config: Config
     index: Index

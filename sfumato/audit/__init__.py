@@ -1,4 +1,4 @@
-"""The data doctor: everything about the data that can be known before a model is loaded, on one page.
+"""The audit of the data: everything about the data that can be known before a model is loaded, on one page.
 
     page = examine(config, Path("runs/mine/data"), print)
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sfumato.audit.account import Examination, reckon, refusal, table
+from sfumato.audit.findings import Findings, writing
+from sfumato.audit.page import render
 from sfumato.config import Config
 from sfumato.data.buckets import Cells
 from sfumato.data.index import open_index
-from sfumato.doctor.account import Examination, reckon, refusal, table
-from sfumato.doctor.findings import Findings, writing
-from sfumato.doctor.page import render
 
 __all__ = ["examine"]
 

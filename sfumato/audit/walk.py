@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sfumato.audit.findings import Findings
+from sfumato.audit.pixels import Header, Pixels, Trait, header, pixels
 from sfumato.data.index import Index, Record
 from sfumato.data.index.headers import Unusable, quiet, size_of
 from sfumato.data.samples import reductions
 from sfumato.data.transforms import covering, decode
-from sfumato.doctor.findings import Findings
-from sfumato.doctor.pixels import Header, Pixels, Trait, header, pixels
 from sfumato.errors import UserError
 
 THREADS = 32  # at most; Pillow decodes without Python's lock

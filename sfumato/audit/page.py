@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sfumato.doctor.account import Examination, Report, largest
-from sfumato.doctor.pictures import Album
+from sfumato.audit.account import Examination, Report, largest
+from sfumato.audit.pictures import Album
 
 WIDE, HIGH = 440, 120  # of a chart, in its own units
 BUCKETS, SAMPLES = 40, 6  # buckets that are shown with so many pictures each

@@ -1,4 +1,4 @@
-"""The data doctor on a folder with every kind of fault: what it counts, and the page that it writes."""
+"""The audit of the data on a folder with every kind of fault: what it counts, and the page that it writes."""
 
 import io
 import json
@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from rich.console import Console
 
+from sfumato.audit import examine
+from sfumato.audit.findings import KINDS
+from sfumato.audit.pixels import Trait
 from sfumato.config import Config, parse
-from sfumato.doctor import examine
-from sfumato.doctor.findings import KINDS
-from sfumato.doctor.pixels import Trait
 from sfumato.errors import UserError
 from sfumato.models.vocabulary import write_tokenizer
 
@@ -119,7 +119,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much of an SD folder as the doctor reads: its JSON files and its tokenizer."""
+    """As much of an SD folder as the audit reads: its JSON files and its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     parts = {
         "unet": "UNet2DConditionModel",
@@ -138,14 +138,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(place: Path, model: Path | str, store: Path, **data: Any) -> Config:
-    """A config; only what the doctor reads matters."""
+    """A config; only what the audit reads matters."""
     told = {"source": str(place), "resolution": 64, "store": str(store), "max_faults": 0.2} | data
     return parse({"steps": 1, "batch_size": 4, "model": {"weights": str(model)}, "data": told})
 
 
 @pytest.fixture(scope="module")
 def out(ward: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the doctor wrote about the ward."""
+    """What the audit wrote about the ward."""
     out = tmp_path_factory.mktemp("out")
     examine(config_of(ward, model, out / "store"), out)
     return out
@@ -295,7 +295,7 @@ def test_the_page_is_inert_and_stands_alone(out: Path) -> None:
 def test_a_page_without_escapes_is_caught(
     ward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfumato.doctor import page
+    from sfumato.audit import page
 
     real = page.Environment
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.audit.findings import Findings
+from sfumato.audit.walk import NONE
 from sfumato.config import Config
 from sfumato.data.buckets import Cells
 from sfumato.data.index import Index
-from sfumato.doctor.findings import Findings
-from sfumato.doctor.walk import NONE
 
 CHUNK = 2**18  # records that are reckoned with at once
 CROPPED = 0.25  # share of a picture; from here on it is a finding
