@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 # Before torch is imported, and for every process that a test starts.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 
 
 LONGEST = (

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,15 +108,20 @@ def values(place: Path, name: str) -> dict[str, Any]:
 
 def write_config(place: Path, name: str) -> Path:
     """The settings as a file."""
+    file = place / f"{name}.toml"
+    file.write_text(as_toml(values(place, name)), encoding="utf-8")
+    return file
+
+
+def as_toml(settings: Mapping[str, Any]) -> str:
+    """Settings, and tables of settings, as a config file says them."""
     lines, tables = [], []
-    for key, value in values(place, name).items():
+    for key, value in settings.items():
         if isinstance(value, dict):
             tables += [f"[{key}]", *(f"{inner} = {json.dumps(one)}" for inner, one in value.items())]
         else:
             lines.append(f"{key} = {json.dumps(value)}")
-    file = place / f"{name}.toml"
-    file.write_text("\n".join([*lines, *tables]) + "\n", encoding="utf-8")
-    return file
+    return "\n".join([*lines, *tables]) + "\n"
 
 
 def spoil(path: Path, draw: random.Random) -> str:

@@ -1,0 +1,175 @@
+"""`sfumato bench peers`: the same training by us, by a bare loop, and by diffusers' example script.
+
+Each side is a real command on the same model, pictures, batch and number of steps, with the same threads and
+allocator settings; they run in turn, round after round. Losses are compared before speeds: they are means
+over other random draws, so they may differ by what chance allows. The dict that `run` gives, and writes as
+JSON, format 1:
+
+    format, model, parameters, batch, steps, rounds, machine
+    sides [{"name", and for each round a number in each of the lists
+        "start"    seconds from the command to its first step's end
+        "step"     seconds of a step, the median of a round's steps after the first WARM
+        "cpu"      seconds of the processor a step, of all its processes
+        "memory"   bytes at most, of all its processes (shared pages by share)
+        "losses"   the mean loss and its standard error}]
+    ratios {name: [low, median, high] of "step" to the bare loop's in the same round}
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+
+from sfumato.bench.entrants import Entrant, Seen, entrants, race
+from sfumato.bench.machine import machine
+from sfumato.errors import UserError
+
+WARM = 3
+"""Steps at the start of a round that are not timed."""
+PICTURES = 64
+MODELS = {
+    # name: pixels, batch, steps of a round
+    "tiny": (64, 8, 60),
+    "base": (64, 16, 40),
+    "mid": (128, 4, 25),
+}
+"""What is trained: the family's toy, the demo's base with its real weights, and a wider U-Net."""
+
+
+def run(what: str, examples: Path | None, rounds: int, out: Path | None) -> dict[str, Any]:
+    """Measure, show and write it to `out` as JSON.
+
+    what: of MODELS. examples: diffusers' folder `examples`; None: without that side.
+    Raises UserError for folders that are not there; RuntimeError where a side fails.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--json {out}", f"no folder {out.parent}", "make it, or name another file")
+    script = None if examples is None else examples / "text_to_image" / "train_text_to_image.py"
+    if script is not None and not script.is_file():
+        raise UserError(
+            f"--diffusers-examples {examples}",
+            f"no file {script}",
+            "name the folder `examples` of a checkout of diffusers",
+        )
+    size, batch, steps = MODELS[what]
+    log = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="sfumato-peers-") as scratch:
+        place = Path(scratch)
+        parameters = world(place, what, size)
+        sides = entrants(place, size, batch, steps, script)
+        seen: dict[str, list[Seen]] = {side.name: [] for side in sides}
+        for number in range(rounds):
+            for side in order(sides, number):
+                log.print(f"round {number + 1} of {rounds}: {side.name}")
+                seen[side.name].append(race(side))
+                shutil.rmtree(side.folder, ignore_errors=True)
+    found: dict[str, Any] = {"format": 1, "model": what, "parameters": parameters, "batch": batch}
+    found |= {"steps": steps, "rounds": rounds, "machine": machine()}
+    found["sides"] = [figures(name, several) for name, several in seen.items()]
+    compare_losses(found["sides"])
+    bare = found["sides"][0]["step"]
+    found["ratios"] = {
+        side["name"]: spread([own / other for own, other in zip(side["step"], bare, strict=True)])
+        for side in found["sides"]
+    }
+    Console().print(table(found))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def order(sides: Sequence[Entrant], number: int) -> list[Entrant]:
+    """The sides in a round: forwards and backwards in turn, so that no side always follows the same one."""
+    return list(sides) if number % 2 == 0 else list(reversed(sides))
+
+
+def world(place: Path, what: str, size: int) -> int:
+    """A model and captioned pictures; how many numbers learn."""
+    from diffusers import UNet2DConditionModel
+
+    from sfumato.demo.run import SHIPPED
+    from sfumato.models import family_class
+
+    if what == "tiny":
+        family_class("sd").tiny(place / "model")
+    else:
+        shutil.copytree(SHIPPED, place / "model")
+    if what == "mid":
+        torch.manual_seed(0)
+        settings = dict(UNet2DConditionModel.load_config(place / "model" / "unet"))
+        settings |= {"block_out_channels": (128, 256, 384), "layers_per_block": 2, "norm_num_groups": 32}
+        settings |= {"attention_head_dim": (2, 4, 6), "sample_size": size // 8}
+        UNet2DConditionModel.from_config(settings).save_pretrained(place / "model" / "unet")
+    net = UNet2DConditionModel.from_pretrained(place / "model" / "unet")
+    draw = np.random.default_rng(0)
+    (place / "pictures").mkdir()
+    rows = []
+    for number in range(PICTURES):
+        picture = Image.fromarray(draw.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize((size, size))
+        corner, side = draw.integers(0, size // 2, 2), int(draw.integers(size // 4, size // 2))
+        box = [*corner.tolist(), *(corner + side).tolist()]
+        ImageDraw.Draw(picture).ellipse(box, fill=tuple(draw.integers(0, 256, 3).tolist()))
+        picture.save(place / "pictures" / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "text": f"a ball of {side} on a sky"})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (place / "pictures" / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def figures(name: str, several: Sequence[Seen]) -> dict[str, Any]:
+    """One side's figures, a number for each round."""
+    losses = [loss for seen in several for loss in seen.losses]
+    return {
+        "name": name,
+        "start": [seen.times[0] for seen in several],
+        "step": [median(np.diff(seen.times[WARM:]).tolist()) for seen in several],
+        "cpu": [seen.cpu / (len(seen.times) - 1) for seen in several],
+        "memory": [seen.memory for seen in several],
+        "losses": [fmean(losses), stdev(losses) / math.sqrt(len(losses))],
+    }
+
+
+def compare_losses(sides: Sequence[dict[str, Any]]) -> None:
+    """AssertionError unless every side's mean loss is the first one's, as far as chance allows."""
+    wanted, error = sides[0]["losses"]
+    for side in sides[1:]:
+        mean, own = side["losses"]
+        allowed = 4 * math.hypot(error, own) + 0.02 * wanted
+        assert abs(mean - wanted) <= allowed, f"{side['name']} has the loss {mean:.4f}, not {wanted:.4f}"
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Lowest, median and highest."""
+    return [min(values), median(values), max(values)]
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The figures, a line for each side."""
+    title = f"{found['model']}: {found['parameters'] / 1e6:.1f} M parameters, batch {found['batch']}, fp32"
+    shown = Table(title=title, title_justify="left")
+    for heading in ("", "first step s", "step ms", "of the bare loop's", "cpu ms", "samples/s", "MB", "loss"):
+        shown.add_column(heading, justify="left" if not heading else "right")
+    for side in found["sides"]:
+        low, middle, high = found["ratios"][side["name"]]
+        step = median(side["step"])
+        shown.add_row(
+            side["name"],
+            f"{median(side['start']):.1f}",
+            f"{step * 1e3:.1f}",
+            f"{middle:.3f} ({low:.3f} to {high:.3f})",
+            f"{median(side['cpu']) * 1e3:.1f}",
+            f"{found['batch'] / step:.2f}",
+            f"{max(side['memory']) / 1e6:.0f}",
+            f"{side['losses'][0]:.4f} ± {side['losses'][1]:.4f}",
+        )
+    return shown
