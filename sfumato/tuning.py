@@ -1,19 +1,54 @@
-"""Environment variables that make a process on this machine fast; they must stand before it starts."""
+"""The environment of every rank: the run's own `[environment]`, and what makes a process on a CPU fast.
 
+Both must stand before the process starts: glibc reads its settings then, and torch when it is imported.
+"""
+
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+
+from sfumato.variables import ALLOCATOR, known
 
 DONE = "SFUMATO_TUNED"
-
-# glibc gives large blocks back to the system after every step; to keep them is 3 to 6 times as fast on a CPU.
-GLIBC = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
+"""Where a process finds what was done for it: `Mark`."""
 DEVICES = ("dev/nvidia0", "dev/kfd", "dev/davinci0", "dev/accel", "dev/dri/renderD128", "dev/dxg")
+EMPTY: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Names of variables that we set, those that a config set, and a hash of what that config says."""
+
+    ours: Sequence[str] = ()
+    config: Sequence[str] = ()
+    hash: str = ""
+
+    @staticmethod
+    def read(env: Mapping[str, str]) -> "Mark":
+        """The mark of an environment; one of nothing where there is none."""
+        ours, config, hash = [*env.get(DONE, "").split(";"), "", "", ""][:3]
+        return Mark([*filter(None, ours.split(","))], [*filter(None, config.split(","))], hash)
+
+    def __str__(self) -> str:
+        return ";".join([",".join(self.ours), ",".join(self.config), self.hash])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One variable as `sfumato doctor` tells it: `value` is None where it is unset.
+
+    who: "sfumato", "config", "you" (the shell, or what started it), or "nobody".
+    """
+
+    name: str
+    value: str | None
+    who: str
+    why: str
 
 
 def has_accelerator(env: Mapping[str, str], root: Path = Path("/")) -> bool:
@@ -24,17 +59,57 @@ def has_accelerator(env: Mapping[str, str], root: Path = Path("/")) -> bool:
 
 def missing(env: Mapping[str, str], ranks: int) -> dict[str, str]:
     """What `env` lacks for one of `ranks` processes on this machine; what the user has set stays."""
-    wanted = {} if has_accelerator(env) else dict(GLIBC)
+    wanted = {} if has_accelerator(env) else dict(ALLOCATOR)
     if ranks > 1:
         wanted["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    return {DONE: "1"} | {name: value for name, value in wanted.items() if name not in env}
+    return {name: value for name, value in wanted.items() if name not in env}
 
 
-def restart() -> None:
-    """Begin this very command anew with what is missing, once: glibc reads its settings at the start only."""
-    if DONE in os.environ:
+def given(env: Mapping[str, str], ranks: int, environment: Mapping[str, str] = EMPTY) -> dict[str, str]:
+    """The environment of one of `ranks` processes here: `env`, over it a config's, and what both lack."""
+    whole = {**env, **environment}
+    lacking = missing(whole, ranks)
+    before = [name for name in Mark.read(env).ours if name in env and name not in environment]
+    mark = Mark([*dict.fromkeys([*before, *lacking])], [*environment], hashed(environment))
+    return whole | lacking | {DONE: str(mark)}
+
+
+def hashed(environment: Mapping[str, str]) -> str:
+    """A short name of what a config says."""
+    return hashlib.sha256(json.dumps(sorted(environment.items())).encode()).hexdigest()[:16]
+
+
+def restart(environment: Mapping[str, str] = EMPTY) -> None:
+    """Begin this very command anew with its environment, once, in the same process: the id stays.
+
+    For a single process and for a rank that others started; one of our supervisor's has it from the start.
+    Nothing happens where nothing is missing, and where it was done already.
+    """
+    if DONE in os.environ and Mark.read(os.environ).hash == hashed(environment):
         return
-    lacking = missing(os.environ, 1)
-    if len(lacking) > 1:
+    wanted = given(os.environ, 1, environment)
+    if any(os.environ.get(name) != value for name, value in wanted.items() if name != DONE):
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **lacking})
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+
+
+def report(env: Mapping[str, str]) -> list[Setting]:
+    """Every variable of docs/environment.md that is set, and those for a CPU's speed where they are not, too.
+
+    env: a rank's, such as `given` makes it.
+    """
+    mark, table = Mark.read(env), known()
+    names = [name for name in (*table, *mark.config) if name in env and name != DONE]
+    names += [name for name in (*ALLOCATOR, "OMP_NUM_THREADS") if name not in env]
+    return [
+        Setting(name, env.get(name), who(name, env, mark), table[name].what if name in table else "")
+        for name in dict.fromkeys(names)
+    ]
+
+
+def who(name: str, env: Mapping[str, str], mark: Mark) -> str:
+    """Who set a variable."""
+    if name not in env:
+        return "nobody"
+    return "config" if name in mark.config else "sfumato" if name in mark.ours else "you"

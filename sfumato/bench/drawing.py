@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sfumato.bench.machine import machine
+from sfumato.device import name_of, synchronize
 from sfumato.drawing.pictures import Drawing
 
 
@@ -59,12 +60,6 @@ class Watch:
         """Let go of the parts."""
         for hook in self.hooks:
             hook.remove()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was told; a CPU does at once."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def measure(
@@ -111,13 +106,6 @@ def measure(
         "seconds_per_picture": {"median": statistics.median(seconds), "rounds": seconds},
         "machine": machine(),
     }
-
-
-def name_of(device: torch.device) -> str:
-    """The device, as its maker calls it where that can be asked."""
-    module = getattr(torch, device.type, None)
-    named = getattr(module, "get_device_name", None)
-    return str(named(device)) if named is not None else device.type
 
 
 def write(figures: dict[str, Any], file: Path) -> None:

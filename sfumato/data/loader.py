@@ -26,6 +26,7 @@ from sfumato.data.halves import Halves, shares
 from sfumato.data.index import Index
 from sfumato.data.order import Order, slice_of
 from sfumato.data.samples import Samples, Wanted
+from sfumato.device import kind
 from sfumato.errors import UserError
 
 STUCK = 5.0  # seconds for a killed worker to be gone
@@ -85,7 +86,7 @@ class Loader:
         The workers begin with the first list and end when the generator is closed or dropped.
         Raises UserError when too many records are unusable, and when the workers die or are too slow.
         """
-        pinned = torch.accelerator.is_available()
+        pinned = kind() != "cpu"
         batches = self.begin(step, pinned)
 
         def stop() -> None:

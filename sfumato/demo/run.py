@@ -84,7 +84,8 @@ def trained(settings: config.Config, wishes: list[str]) -> Path:
     """
     words = ["train", str(SETTINGS), *wishes, "--gpus", str(ranks())]
     print("$ sfumato", *words, flush=True)
-    code = launch.run([sys.executable, "-m", "sfumato", *words], ranks(), settings.folder / "logs")
+    command = [sys.executable, "-m", "sfumato", *words]
+    code = launch.run(command, ranks(), settings.folder / "logs", settings.environment)
     if code:
         raise SystemExit(code)
     return settings.folder / "export"

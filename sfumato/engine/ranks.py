@@ -10,9 +10,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
+from sfumato.device import accelerator, settle
 from sfumato.errors import UserError
+from sfumato.launch import supervised
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU ranks at the first start. A build that was killed
 # leaves a lock on which every later start waits for ever, and gloo does the same work.
@@ -34,7 +35,8 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks, at most the group's timeout."""
-        dist.barrier()
+        # Without the number torch may take another rank's device for it, and warns of that.
+        dist.barrier(device_ids=None if self.device.type == "cpu" else [self.device.index])
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor that all hold."""
@@ -65,27 +67,30 @@ def start(timeout: float) -> Ranks:
     # DeepSpeed's own calls of it: nothing that a user could mend.
     warnings.filterwarnings("ignore", r".*all_gather_into_tensor", FutureWarning)
     warnings.filterwarnings("ignore", r".*reduce_scatter_tensor", FutureWarning)
-    accelerator = get_accelerator()
+    seam = accelerator()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    on_cpu = accelerator.device_name() == "cpu"
+    settle()
+    on_cpu = seam.device_name() == "cpu"
     if not on_cpu:
         # A launcher may show each rank its own device only; then that is number 0.
-        local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
-        if local >= devices > 1:
+        local, devices = int(os.environ["LOCAL_RANK"]), seam.device_count()
+        if local >= devices and (devices > 1 or supervised()):
             raise UserError(
                 f"rank {os.environ['RANK']} as number {local} of this machine",
-                f"it has {devices} devices",
-                f"start at most {devices} ranks here",
+                f"it has {devices} device{'s' * (devices != 1)}",
+                f"start at most {devices} rank{'s' * (devices != 1)} here",
             )
-        accelerator.set_device(local if devices > 1 else 0)
-    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+        if devices == 1:
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes it for the device's number
+        seam.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "gloo" if on_cpu else seam.communication_backend_name()
     deepspeed.init_distributed(
         dist_backend=backend, timeout=timedelta(seconds=timeout), auto_mpi_discovery=False, verbose=False
     )
-    device = torch.device(accelerator.current_device_name())
+    device = torch.device(seam.current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

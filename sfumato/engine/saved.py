@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sfumato.device import pinned, synchronize
 from sfumato.engine import published
 from sfumato.errors import UserError
 
@@ -128,10 +129,7 @@ class Memory:
             self.layout = layout
         for name, tensor in tensors.items():
             self.copies[name].copy_(tensor, non_blocking=True)
-        if self.device.type != "cpu":
-            from deepspeed.accelerator import get_accelerator
-
-            get_accelerator().synchronize()
+        synchronize(self.device)
         return {name: self.copies[name] for name in tensors}
 
     def _take(self, layout: Mapping[str, tuple[int, torch.dtype]]) -> dict[str, Tensor]:
@@ -154,11 +152,4 @@ class Memory:
 
     def _room(self, size: int) -> Tensor:
         room = torch.empty(size, dtype=torch.uint8)
-        if self.device.type == "cpu":
-            return room
-        from deepspeed.accelerator import get_accelerator
-
-        try:
-            return get_accelerator().pin_memory(room)
-        except RuntimeError:  # the system lets a process pin only so much; the copy is slower then
-            return room
+        return room if self.device.type == "cpu" else pinned(room)

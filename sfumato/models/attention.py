@@ -15,11 +15,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
+from sfumato.models import npu_masks
 from sfumato.models.loading import quiet
+
+NPU = "_native_npu"
 
 
 class DispatchedAttention:
-    """Attention of a UNet's transformer blocks through one of diffusers' backends; it takes no mask."""
+    """Attention of a UNet's transformer blocks through one of diffusers' backends."""
 
     def __init__(self, backend: str) -> None:
         self._attention_backend = AttentionBackendName(backend)
@@ -32,14 +35,18 @@ class DispatchedAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """(B, n, d) attends to itself or to (B, m, c); returns (B, n, d)."""
-        assert attention_mask is None, "the families pass no masks to their UNets"
+        """(B, n, d) attends to itself or to (B, m, c); returns (B, n, d).
+
+        attention_mask: (B, 1 or n, m) or (B, 1 or heads, 1 or n, m), added to the scores or True where kept.
+        """
+        if attention_mask is not None and attention_mask.ndim == 3:
+            attention_mask = attention_mask[:, None]
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         heads = (attn.heads, -1)
         query = attn.to_q(hidden_states).unflatten(-1, heads)  # (B, n, heads, d/heads)
         key = attn.to_k(context).unflatten(-1, heads)  # (B, m, heads, d/heads)
         value = attn.to_v(context).unflatten(-1, heads)
-        mixed = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        mixed = dispatch_attention_fn(query, key, value, attention_mask, backend=self._attention_backend)
         return attn.to_out[1](attn.to_out[0](mixed.flatten(2).to(query.dtype)))
 
 
@@ -55,6 +62,8 @@ def set_attention(net: nn.Module, backend: str) -> None:
             reason,
             f"choose one that works here: {', '.join(sorted(usable))}",
         )
+    if backend == NPU:
+        npu_masks.mend()
     layers = [module for module in net.modules() if isinstance(module, Attention)]
     for layer in layers:
         assert type(layer.processor) in (AttnProcessor2_0, DispatchedAttention) and plain(layer), (
@@ -87,8 +96,18 @@ def probe(backend: str, device: torch.device, dtype: torch.dtype, width: int) ->
     """Raise UserError unless a backend gives native attention's answer and gradients for heads of this width.
 
     Some kernels have no backward pass: training with them would leave queries, keys and values as they are,
-    without a word.
+    without a word. Ascend's is tried with a mask as well, for it means the opposite of all others'.
     """
+    mask = None
+    if backend == NPU:
+        npu_masks.mend()
+        mask = (torch.arange(64) % 3 > 0).to(device).expand(2, 1, 64, 64)  # a third of the keys is left out
+    for given in [None] if mask is None else [None, mask]:
+        compare(backend, device, dtype, width, given)
+
+
+def compare(backend: str, device: torch.device, dtype: torch.dtype, width: int, mask: Tensor | None) -> None:
+    """`probe` with one mask, (2, 1, 64, 64) or None."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, 64, 2, width)
     start = [
@@ -98,7 +117,7 @@ def probe(backend: str, device: torch.device, dtype: torch.dtype, width: int) ->
     for name in ("native", backend):
         parts = [part.clone().requires_grad_() for part in start]
         try:
-            mixed = dispatch_attention_fn(*parts, backend=AttentionBackendName(name))
+            mixed = dispatch_attention_fn(*parts, mask, backend=AttentionBackendName(name))
             (mixed.float() * start[0].float()).sum().backward()
         except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
             found = f"it does not run on {device.type} in {dtype}: {str(error).strip().split(chr(10))[0]}"

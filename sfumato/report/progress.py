@@ -17,6 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sfumato.device import peak_memory
+
 LINE_SECONDS = 1.0  # between two plain lines
 FRAME_SECONDS = 0.1  # between two pictures of the live line
 RATE_LINES = 20  # the time left is judged by this many of the last intervals
@@ -203,12 +205,9 @@ def rates(images: int, seconds: float, data_seconds: float | None) -> dict[str, 
 
 def memory_in_use() -> tuple[str, float]:
     """GiB: "device", the most that tensors on it ever took in this process, or on the CPU "process", now."""
-    # Imported late, because DeepSpeed takes seconds and this module also serves where nothing is trained.
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        return "device", accelerator.max_memory_allocated() / 2**30
+    peak = peak_memory()
+    if peak is not None:
+        return "device", peak / 2**30
     import psutil
 
     return "process", psutil.Process().memory_info().rss / 2**30

@@ -24,8 +24,8 @@ ELSEWHERE = re.compile(r"[/~\\]|\.\.?/|[A-Za-z]:\\|\w+://")
 
 
 def settings(config: Config) -> Iterator[tuple[str, Any]]:
-    """Every setting that is not the usual one, by its dotted name, without this machine's paths."""
-    for name, value in flat(config.model_dump(mode="json", exclude_defaults=True)):
+    """Every setting that is not the usual one, by its dotted name, without what is this machine's."""
+    for name, value in flat(config.model_dump(mode="json", exclude_defaults=True, exclude={"environment"})):
         yield name, shared(value, name)
 
 

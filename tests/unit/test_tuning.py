@@ -1,11 +1,12 @@
-"""Environment variables for speed are set where they help, and never over the user's."""
+"""A rank's environment: the run's own over the shell's, and what is fast where the user said nothing."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from sfumato.tuning import DONE, GLIBC, has_accelerator, missing
+from sfumato.tuning import DONE, Mark, given, has_accelerator, missing, report
+from sfumato.variables import ALLOCATOR
 
 ROOT = Path(__file__).parents[2]
 CPU = {"DS_ACCELERATOR": "cpu"}
@@ -13,17 +14,45 @@ CPU = {"DS_ACCELERATOR": "cpu"}
 
 def test_cpu_ranks_share_the_cores() -> None:
     cores = len(os.sched_getaffinity(0))
-    assert missing(CPU, 2) == GLIBC | {DONE: "1", "OMP_NUM_THREADS": str(max(1, cores // 2))}
-    assert missing(CPU, 1) == GLIBC | {DONE: "1"}
+    assert missing(CPU, 2) == ALLOCATOR | {"OMP_NUM_THREADS": str(max(1, cores // 2))}
+    assert missing(CPU, 1) == ALLOCATOR
 
 
-def test_a_gpu_rank_needs_no_glibc() -> None:
-    assert missing({"DS_ACCELERATOR": "cuda"}, 1) == {DONE: "1"}
+def test_a_gpu_rank_needs_no_allocator() -> None:
+    assert missing({"DS_ACCELERATOR": "cuda"}, 1) == {}
 
 
 def test_the_users_own_stay() -> None:
     user = CPU | {"OMP_NUM_THREADS": "3", "MALLOC_TOP_PAD_": "1"}
     assert not missing(user, 2).keys() & user.keys()
+
+
+def test_the_config_wins_over_the_shell_and_both_over_us() -> None:
+    shell = CPU | {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "3", "PATH": "/bin"}
+    whole = given(shell, 2, {"NCCL_DEBUG": "INFO", "MALLOC_TOP_PAD_": "7"})
+    assert whole["NCCL_DEBUG"] == "INFO" and whole["MALLOC_TOP_PAD_"] == "7"
+    assert whole["OMP_NUM_THREADS"] == "3" and whole["PATH"] == "/bin"
+    assert whole["MALLOC_TRIM_THRESHOLD_"] == ALLOCATOR["MALLOC_TRIM_THRESHOLD_"]
+    # A device that the config names decides as one of the shell's does.
+    assert not given({}, 1, {"DS_ACCELERATOR": "cuda"}).keys() & ALLOCATOR.keys()
+    assert given({"DS_ACCELERATOR": "cuda"}, 1, CPU).keys() >= ALLOCATOR.keys()
+
+
+def test_the_report_tells_who_set_what() -> None:
+    shell = CPU | {"OMP_NUM_THREADS": "3"}
+    found = {each.name: each for each in report(given(shell, 1, {"NCCL_DEBUG": "INFO", "MY_OWN": "x"}))}
+    assert {name: each.who for name, each in found.items()} == {
+        "DS_ACCELERATOR": "you",
+        "OMP_NUM_THREADS": "you",
+        "NCCL_DEBUG": "config",
+        "MY_OWN": "config",
+    } | dict.fromkeys(ALLOCATOR, "sfumato")
+    assert found["MALLOC_TOP_PAD_"].value == ALLOCATOR["MALLOC_TOP_PAD_"] and found["NCCL_DEBUG"].why
+    bare = {each.name: (each.value, each.who) for each in report({})}
+    assert bare == dict.fromkeys((*ALLOCATOR, "OMP_NUM_THREADS"), (None, "nobody"))
+    # A rank that starts others hands on who set what.
+    again = given(given(shell, 1), 2)
+    assert Mark.read(again).ours == [*ALLOCATOR]
 
 
 def test_device_files(tmp_path: Path) -> None:
@@ -34,17 +63,51 @@ def test_device_files(tmp_path: Path) -> None:
     assert not has_accelerator(CPU, tmp_path)
 
 
-def test_a_single_process_begins_anew_once_with_the_same_arguments() -> None:
-    code = (
-        "import os, sys; print('begun', flush=True); from sfumato import tuning; tuning.restart();"
-        "print(os.environ['MALLOC_TOP_PAD_'], sys.argv[1:])"
-    )
-    env = {name: value for name, value in os.environ.items() if name not in (*GLIBC, DONE)} | CPU
+def begun(code: str, **environment: str) -> list[str]:
+    """The lines that a program says which begins anew if it must."""
+    kept = {name: value for name, value in os.environ.items() if name not in (*ALLOCATOR, DONE)}
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, "a b", "c"],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            f"import os, sys; print('begun', os.getpid(), flush=True); {code}",
+        ]
+        + ["a b", "c"],
         cwd=ROOT,
-        env=env,
+        env=kept | CPU | environment,
         capture_output=True,
         text=True,
+        timeout=60,
     )
-    assert out.stdout == "begun\nbegun\n268435456 ['a b', 'c']\n", out.stderr
+    assert out.returncode == 0, out.stderr
+    return out.stdout.splitlines()
+
+
+def test_a_process_begins_anew_once_with_the_same_arguments_and_number() -> None:
+    first, second, told = begun(
+        "from sfumato import tuning; tuning.restart(); print(os.environ['MALLOC_TOP_PAD_'], sys.argv[1:])"
+    )
+    assert first == second and first.startswith("begun")
+    assert told == "268435456 ['a b', 'c']"
+
+
+def test_a_process_begins_anew_for_the_configs_variables_and_never_in_a_loop() -> None:
+    """Also where it was tuned before, and where something takes a variable away at every start."""
+    own = "own = {'NCCL_DEBUG': 'INFO', 'GONE': '1'}; os.environ.pop('GONE', None); "
+    lines = begun(
+        own + "from sfumato import tuning; tuning.restart(own); print(os.environ['NCCL_DEBUG'])",
+        NCCL_DEBUG="WARN",
+        **{DONE: str(Mark())},
+    )
+    assert [line.split()[0] for line in lines] == ["begun", "begun", "INFO"] and lines[0] == lines[1]
+
+
+def test_nothing_begins_anew_where_nothing_is_missing() -> None:
+    lines = begun(
+        "from sfumato import tuning; tuning.restart({'A': '1'}); print('torch' in sys.modules)",
+        A="1",
+        DS_ACCELERATOR="cuda",
+    )
+    assert [line.split()[0] for line in lines] == ["begun", "False"]

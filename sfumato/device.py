@@ -1,0 +1,71 @@
+"""What this process computes on, as DeepSpeed's accelerator tells it: CUDA, ROCm, Ascend, XPU or the CPU.
+
+The one file that may name kinds of devices other than the CPU; all others ask it, or get_accelerator().
+DeepSpeed takes seconds to import, so it is imported when the first question comes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FUSED = ("cpu", "cuda", "xpu", "mps")
+"""Kinds of devices for which torch itself has AdamW in one pass over memory. ROCm calls itself cuda."""
+
+
+def accelerator() -> Any:
+    """DeepSpeed's accelerator: the one seam to any device."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
+def kind() -> str:
+    """DeepSpeed's name for it: "cpu", "cuda" (ROCm too), "npu" or "xpu"."""
+    return str(accelerator().device_name())
+
+
+def settle() -> None:
+    """What a device's library must be told before anything lies on the device."""
+    import torch
+
+    settings = getattr(getattr(torch, "npu", None), "config", None)
+    if kind() == "npu" and settings is not None:
+        # Its own layouts are not those of the flat tensors that ZeRO cuts weights from; as MindSpeed-MM.
+        settings.allow_internal_format = False
+
+
+def has_fused_adamw(device: "torch.device") -> bool:
+    """Whether torch's AdamW has its one-pass kernel there."""
+    return device.type in FUSED
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done all that it was told; a CPU does at once."""
+    if device.type != "cpu":
+        accelerator().synchronize()
+
+
+def peak_memory() -> int | None:
+    """The most bytes that tensors on the device ever took in this process; None on the CPU."""
+    return None if kind() == "cpu" else int(accelerator().max_memory_allocated())
+
+
+def pinned(room: "torch.Tensor") -> "torch.Tensor":
+    """The same room in memory from which a device copies without waiting; as it is where there is too little.
+
+    The system lets a process pin only so much; a copy is slower then.
+    """
+    try:
+        found: torch.Tensor = accelerator().pin_memory(room)
+    except RuntimeError:
+        return room
+    return found
+
+
+def name_of(device: "torch.device") -> str:
+    """The device, as its maker calls it where that can be asked."""
+    import torch
+
+    named = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    return str(named(device)) if named is not None else device.type
