@@ -43,6 +43,8 @@ LAUNCHERS = (
     Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
 SLURM_PORTS = range(20000, 30000)
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What `adopt` writes."""
 
 
 def find(env: Mapping[str, str]) -> Place | None:
@@ -71,6 +73,15 @@ def find(env: Mapping[str, str]) -> Place | None:
             )
         return Place(rank, local_rank, world, local_world, names.by)
     return None
+
+
+def is_further(env: Mapping[str, str]) -> bool:
+    """Whether this process is a rank beside the first of its machine."""
+    try:
+        found = find(env)
+    except UserError:
+        return False
+    return found is not None and found.local_rank > 0
 
 
 def number(env: Mapping[str, str], name: str, by: str) -> int:

@@ -101,9 +101,9 @@ class Watch:
         beats, found = self.board.beats(), self.board.stacks() | {self.ranks.rank: mine}
         # Without the store nobody can answer; the first rank hosts it, or its launcher does.
         text = self.board.failed() or hang(beats, found, self.limit, guilty=[0] if self.board.mute else None)
-        if self.ranks.rank != min(found):
-            text = f"rank {self.ranks.rank} ends too: {text.splitlines()[0]}"
-        os.write(2, f"\n{mine}\n{text}\n".encode())
+        first = self.ranks.rank == min(found)
+        launch.say(mine, first=False)
+        launch.say(text if first else f"rank {self.ranks.rank} ends too: {text.splitlines()[0]}", first)
         os._exit(1)
 
 

@@ -1,5 +1,6 @@
-"""What a rank tells the supervisor that has started it, and hears from it."""
+"""What a rank tells the supervisor that has started it, or else the user, and what it hears."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -9,14 +10,17 @@ import time
 import traceback
 from pathlib import Path
 
+from sfumato import place
 from sfumato.errors import Lost, UserError
+from sfumato.launch import alone
 from sfumato.launch.pulse import Pulse
 
 ERROR_FILE = "SFUMATO_ERROR_FILE"
 PULSE_FILE = "SFUMATO_PULSE_FILE"
 STACK_FILE = "SFUMATO_STACK_FILE"
+LOG_FILE = "SFUMATO_LOG_FILE"
 LIFELINE = "SFUMATO_LIFELINE"
-NETWORK = ("DistBackendError", "DistNetworkError")
+NETWORK = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 def supervised() -> bool:
@@ -36,6 +40,11 @@ def follow_supervisor() -> None:
 def wait_for_its_end(lifeline: int) -> None:
     """Read a pipe that nobody writes to: it ends when its other end is closed, so with the supervisor."""
     os.read(lifeline, 1)
+    # Nobody reads what rank 0 says from here on; a broken pipe must not keep it from saving.
+    with contextlib.suppress(OSError):
+        log = os.open(os.environ[LOG_FILE], os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -53,11 +62,16 @@ def is_echo(error: BaseException) -> bool:
 
 
 def report(error: BaseException) -> bool:
-    """In a rank: tell the supervisor why it ends. False where there is none, so that the caller shows it."""
-    if not supervised():
-        return False
+    """In a rank: tell why it ends. False where this is no rank, so that the caller shows it.
+
+    The supervisor is told; without one the rank that comes first shows its error, and the others only log it.
+    """
     plain = isinstance(error, UserError | Lost)
     text = str(error) if plain else "".join(traceback.format_exception(error)).rstrip()
+    if not supervised():
+        told = alone.tell(text, echo=isinstance(error, Lost) or is_echo(error))
+        # A faulty config is met before there are logs, by all ranks alike: one of each machine says so.
+        return told or (isinstance(error, UserError) and place.is_further(os.environ))
     code = 2 if isinstance(error, UserError) else 1
     said = {"text": text, "when": time.time(), "echo": is_echo(error), "code": code}
     path = Path(os.environ[ERROR_FILE])
@@ -67,3 +81,11 @@ def report(error: BaseException) -> bool:
     except OSError:
         return False
     return True
+
+
+def say(text: str, first: bool = True) -> None:
+    """Write to the user's console, also from a rank whose output goes to its log, and from any thread.
+
+    first: whether it is this rank that tells; else only its log hears it.
+    """
+    alone.say(text, first)

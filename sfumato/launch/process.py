@@ -9,14 +9,15 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import psutil
 
-from sfumato.launch.inside import ERROR_FILE, LIFELINE, PULSE_FILE, STACK_FILE
+from sfumato.launch.asked import PATIENCE
+from sfumato.launch.inside import ERROR_FILE, LIFELINE, LOG_FILE, PULSE_FILE, STACK_FILE
 from sfumato.launch.pulse import Pulse, Stillness
 
 ANSWER = 3.0  # seconds in which a rank writes its stacks; it does so in milliseconds
@@ -49,16 +50,21 @@ class Rank:
         return 0 < beat.limit < still
 
 
-def start(command: Sequence[str], number: int, env: Mapping[str, str], log: Path, scratch: Path) -> Rank:
-    """Start one rank in a session of its own. scratch: a folder for what it tells us."""
+def start(
+    command: Sequence[str], number: int, local: int, env: Mapping[str, str], log: Path, scratch: Path
+) -> Rank:
+    """Start rank `number`, the `local`-th of this machine, in a session of its own.
+
+    scratch: a folder for what it tells us.
+    """
     files = {ERROR_FILE: scratch / f"error-{number}.json", STACK_FILE: scratch / f"stack-{number}"}
-    files[PULSE_FILE] = scratch / f"pulse-{number}"
+    files |= {PULSE_FILE: scratch / f"pulse-{number}", LOG_FILE: log}
     pulse = Pulse.make(files[PULSE_FILE])
     file = log.open("ab", buffering=0)
     outputs = [(-1, file.fileno())] * 2 if number else [channel(sys.stdout), channel(sys.stderr)]
     process = subprocess.Popen(
         command,
-        env={**env, "RANK": str(number), "LOCAL_RANK": str(number)}
+        env={**env, "RANK": str(number), "LOCAL_RANK": str(local)}
         | {name: str(path) for name, path in files.items()},
         stdin=subprocess.DEVNULL,
         stdout=outputs[0][1],
@@ -143,6 +149,29 @@ def has_text(file: Path) -> bool:
     with contextlib.suppress(OSError):
         return file.stat().st_size > 0
     return False
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[Callable[[Rank], None]]:
+    """A process that ends what ranks leave behind if this one is killed; it is told of each rank."""
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(PATIENCE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert guard.stdin is not None, "it has a pipe"
+
+    def tell(text: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(guard.stdin.fileno(), f"{text}\n".encode())  # type: ignore[union-attr]
+
+    try:
+        yield lambda rank: tell(str(rank.process.pid))
+    finally:
+        tell("done")
+        guard.stdin.close()
+        guard.wait()
 
 
 @contextlib.contextmanager

@@ -115,17 +115,18 @@ def hang(
     limit: float,
     notes: Mapping[int, str] | None = None,
     guilty: Sequence[int] | None = None,
+    world: int | None = None,
 ) -> str:
     """What the user is told when ranks have not beaten for `limit` seconds.
 
     notes: what else is known of a rank, such as that its process is stopped. guilty: the ranks to blame where
-    that is known otherwise than by `behind`.
+    that is known otherwise than by `behind`. world: how many ranks there are, if not all have beats.
     """
     guilty = guilty or behind(beats, stacks)
     lines = []
     for rank in guilty:
         found = (notes or {}).get(rank) or (where(stacks[rank]) if rank in stacks else "it does not answer")
-        lines.append(f"rank {rank} of {len(beats)} hangs {beats[rank]}: {found}")
+        lines.append(f"rank {rank} of {world or len(beats)} hangs {beats[rank]}: {found}")
     others = [f"rank {rank} {beat}" for rank, beat in sorted(beats.items()) if rank not in guilty]
     if others:
         most = 8

@@ -1,4 +1,8 @@
-"""A supervisor and its ranks for test_launch.py: `RANKS CASE LOGS`; ranks run `rank CASE`."""
+"""A supervisor and its ranks for test_launch.py: `RANKS CASE LOGS [NODE NODES PORT LIMIT]`.
+
+Its ranks run `rank CASE`. Ranks that others start run `alone CASE LOGS`; `hosts FILE CASE LOGS` starts
+machines with `node CASE LOGS`.
+"""
 
 import ctypes
 import datetime
@@ -7,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sfumato import cli, launch
+from sfumato import cli, launch, place
 from sfumato.errors import UserError
+from sfumato.launch import alone, become, hosts, supervise
 from sfumato.watch import Watch
 
 
@@ -27,9 +33,8 @@ def barrier() -> None:
 
 def sleep_for_ever() -> None:
     # A loader worker stands for everything that a rank starts and that must end with it.
-    subprocess.Popen(
-        [sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"]
-    )
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", deaf, __file__])
     print("sleeping", flush=True)
     time.sleep(600)
 
@@ -111,7 +116,23 @@ if __name__ == "__main__":
     if sys.argv[1] == "rank":
         launch.follow_supervisor()
         sys.exit(cli.guarded(lambda: work(sys.argv[2], int(os.environ["RANK"]))))
-    count, case, logs = sys.argv[1:]
-    launch.LEAVING = 1.0 if case == "lingers" else launch.LEAVING
+    if sys.argv[1] == "alone":  # a rank of another launcher
+        found = place.adopt(os.environ)
+        assert found is not None, "nobody has made this a rank"
+        number = found.rank
+        alone.log_here(number, Path(sys.argv[3]))
+        sys.exit(cli.guarded(lambda: work(sys.argv[2], number)))
+    if sys.argv[1] == "hosts":
+        words = [sys.executable, __file__, "node", *sys.argv[3:]]
+        sys.exit(cli.guarded(lambda: hosts.run(Path(sys.argv[2]), words, None, Path(sys.argv[4]))))
+    if sys.argv[1] == "node":  # what DeepSpeed's launcher has started for a hostfile
+        options = Namespace(gpus=None, hostfile=None)
+        here = become.where(options, os.environ)
+        command = [sys.executable, __file__, "rank", sys.argv[2]]
+        sys.exit(launch.run(command, options.gpus, Path(sys.argv[3]), at=here))
+    count, case, logs, *node = sys.argv[1:]
+    supervise.LEAVING = 1.0 if case == "lingers" else supervise.LEAVING
+    at = launch.At(int(node[0]), int(node[1]), "127.0.0.1", int(node[2]), float(node[3])) if node else None
     command = [sys.executable, __file__, "rank", case]
-    sys.exit(launch.run(command, int(count), Path(logs)))
+    facts = {"the case": case.removesuffix("-here")}
+    sys.exit(cli.guarded(lambda: launch.run(command, int(count), Path(logs), at=at, facts=facts)))

@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 PROGRAM = Path(__file__).with_name("launch_program.py")
+MARK = "SFUMATO_TEST_OF"
+"""In the environment of all that a test starts: the id of the process that tests; there may be several."""
 ROOT = PROGRAM.parents[2]
 
 
@@ -19,7 +21,7 @@ def begin(case: str, logs: Path, ranks: int = 2) -> subprocess.Popen[str]:
     """The supervisor of a case."""
     free = {"OMP_NUM_THREADS", "MALLOC_TOP_PAD_", "SFUMATO_TUNED", "RANK", "WORLD_SIZE"}
     env = {name: value for name, value in os.environ.items() if name not in free}
-    env["PYTHONPATH"] = str(ROOT)
+    env |= {"PYTHONPATH": str(ROOT), MARK: str(os.getpid())}
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), str(ranks), case, str(logs)],
         env=env,
@@ -40,13 +42,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, st
 
 
 def ours() -> list[psutil.Process]:
-    """All processes that this test's program has started, wherever they hang in the tree; zombies too."""
+    """All processes that this test has started, wherever they hang in the tree; zombies too."""
     found = []
     for process in psutil.process_iter(["pid"]):
         try:
-            mine = str(PROGRAM) in process.cmdline() or (
-                process.ppid() == os.getpid() and process.status() == psutil.STATUS_ZOMBIE
-            )
+            zombie = process.ppid() == os.getpid() and process.status() == psutil.STATUS_ZOMBIE
+            mine = zombie or process.environ().get(MARK) == str(os.getpid())
         except psutil.Error:
             continue
         found += [process, *process.children(recursive=True)] if mine else []

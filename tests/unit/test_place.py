@@ -3,7 +3,7 @@
 import pytest
 
 from sfumato.errors import UserError
-from sfumato.place import Place, adopt, find, first_node
+from sfumato.place import Place, adopt, find, first_node, is_further
 
 TORCHRUN = {
     "RANK": "3",
@@ -69,6 +69,11 @@ def test_a_batch_script_is_no_rank() -> None:
 def test_a_single_task_may_start_ranks() -> None:
     assert find(SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
     assert find({}) is None
+
+
+def test_one_rank_of_a_machine_speaks() -> None:
+    assert is_further(TORCHRUN) and not is_further(TORCHRUN | {"LOCAL_RANK": "0"})
+    assert not is_further({}) and not is_further({"RANK": "x", "WORLD_SIZE": "2"})
 
 
 def test_torchrun_wins_over_the_srun_that_started_it() -> None:
