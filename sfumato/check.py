@@ -18,11 +18,13 @@ from sfumato import prior
 from sfumato.config import Config, Data
 from sfumato.data.buckets import Cells, reason
 from sfumato.data.index import Index, open_index
-from sfumato.engine.ds_keys import check_nested_keys, deepspeed_faults
+from sfumato.engine.cells import check_cells
+from sfumato.engine.ds_keys import deepspeed_faults
 from sfumato.engine.published import checkpoints_in, steps_in
 from sfumato.engine.size import checkpoint_bytes, count, kept_at_once, readable, snapshot_bytes, snapshots
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine, learned, weight_files
+from sfumato.planner.ways import way_of
 from sfumato.prior import Pictures
 from sfumato.report import upload
 
@@ -65,7 +67,8 @@ class Plan:
         epoch = float(sum(self.visits()[: self.index.prior]))
         epochs = config.steps * config.batch_size / (2 if config.data.prior else 1) / epoch
         yield "steps", f"{config.steps:,}, which are {epochs:,.2f} epochs of {epoch:,.0f} samples"
-        yield "numbers", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"
+        chosen = ', as engine = "auto" chose' if config.engine.auto else ""
+        yield "numbers", f"{config.engine.precision}, {way_of(config).words}{chosen}"
         room = checkpoint_bytes(config, facts, self.parameters or 0)
         yield "folder", f"{config.folder}" + (f" (a checkpoint takes {readable(room)})" if room else "")
         if there := checkpoints_in(config.folder):
@@ -131,9 +134,9 @@ def check(
     with noted(faults):
         check_precision(config, accelerator)
     faults += deepspeed_faults(config.engine.deepspeed)
-    if steps and not faults and config.engine.deepspeed:
+    if steps and not faults:
         with noted(faults):
-            check_nested_keys(config, world)
+            check_cells(config, world, accelerator)
     with noted(faults):
         facts = examine(config.model)
     if facts is not None:

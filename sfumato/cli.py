@@ -12,6 +12,7 @@ from pathlib import Path
 from sfumato import config, launch, place, tuning
 from sfumato.errors import CONTINUE, Lost, Stopped, UserError
 from sfumato.grammar import parse
+from sfumato.launch.become import as_ranks, world
 from sfumato.stopping import SIGNALS, Stopping
 
 RANKS = 2
@@ -75,7 +76,7 @@ def guarded(work: Callable[[], int]) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train: as one process, as the rank that a launcher made of us, or as the launcher of --gpus ranks."""
     settings = config.load(arguments.config, arguments.overrides)
-    code = as_ranks(arguments, settings.folder / "logs")
+    code = as_ranks(arguments, settings.folder / "logs", settings)
     if code is None:
         with Stopping():  # a signal while torch is imported
             from sfumato import train as loop
@@ -93,6 +94,14 @@ def data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """See whether the machine, the ranks and a config compute what they should; 1 if something is bad."""
+    settings = config.load(arguments.config, arguments.overrides) if arguments.config else None
+    from sfumato.doctor import begin
+
+    return begin(arguments, settings)
+
+
 def cache(arguments: argparse.Namespace) -> int:
     """Encode what a run reads from the store, or free what none reads."""
     if arguments.prune is not None:
@@ -106,7 +115,7 @@ def cache(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise UserError("sfumato cache", "no config", "name the config whose data are to be encoded")
     settings = config.load(arguments.config, arguments.overrides)
-    code = as_ranks(arguments, settings.folder / "logs")
+    code = as_ranks(arguments, settings.folder / "logs", settings)
     if code is None:
         from sfumato import cache as work
 
@@ -114,42 +123,35 @@ def cache(arguments: argparse.Namespace) -> int:
     return code or 0
 
 
-def as_ranks(arguments: argparse.Namespace, logs: Path) -> int | None:
-    """Start --gpus ranks and give their exit code; or become the one rank, or one of the ranks: None."""
-    if launch.supervised():
-        launch.follow_supervisor()
-    elif place.find(os.environ) is None:
-        if arguments.gpus:
-            return launch.run(arguments.command, arguments.gpus, logs)
-        if arguments.real:
-            tuning.restart()
-    else:
-        refuse_gpus(arguments.gpus)
-    place.adopt(os.environ)
-    return None
+def slurm(arguments: argparse.Namespace) -> int:
+    """Print a script for sbatch."""
+    from sfumato.slurm import script, wanted
 
-
-def refuse_gpus(gpus: int | None) -> None:
-    """Raise UserError for --gpus where a launcher has started us as one of its ranks already."""
-    found = place.find(os.environ)
-    if gpus and found is not None:
-        raise UserError(
-            f"--gpus {gpus}",
-            f"this process is rank {found.rank} of the {found.world} that {found.by} started",
-            "leave --gpus out: each of them is one rank",
-        )
+    print(script(wanted(arguments)), end="")
+    return 0
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Print the plan of a run."""
     settings = config.load(arguments.config, arguments.overrides)
-    found = place.find(os.environ)
-    refuse_gpus(arguments.gpus)
+    ranks = world(arguments)
     from deepspeed.accelerator import get_accelerator
 
     from sfumato.check import check as examine
+    from sfumato.planner import auto
 
-    print(examine(settings, found.world if found else arguments.gpus or 1, get_accelerator().device_name()))
+    settings = auto.here(settings, ranks, min(ranks, arguments.gpus or ranks), print)
+    print(examine(settings, ranks, get_accelerator().device_name()))
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Say how a run is best held on devices that need not be here."""
+    settings = config.load(arguments.config, arguments.overrides)
+    asked = arguments.gpus or 1, arguments.nodes or 1, arguments.memory, arguments.device
+    from sfumato.planner import command
+
+    command.plan(settings, *asked, arguments.all, arguments.records, arguments.json)
     return 0
 
 
@@ -170,7 +172,8 @@ def sample(arguments: argparse.Namespace) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     """Measure."""
     if arguments.what == "checkpoints":
-        if not launch.supervised() and place.find(os.environ) is None:
+        started = launch.supervised() or place.find(os.environ) is not None
+        if not started and arguments.hostfile is None:
             arguments.gpus = arguments.gpus or RANKS
         with tempfile.TemporaryDirectory(prefix="sfumato-") as logs:
             code = as_ranks(arguments, Path(logs))
@@ -183,6 +186,11 @@ def bench(arguments: argparse.Namespace) -> int:
         from sfumato.bench import faults
 
         return int(not faults.good(faults.run(arguments.kills, arguments.gpus or RANKS, arguments.json)))
+    if arguments.what == "peers":
+        from sfumato.bench import peers
+
+        peers.run(arguments.model, arguments.diffusers_examples, arguments.rounds, arguments.json)
+        return 0
     if arguments.real:
         tuning.restart()
     from sfumato.bench import data as measure
@@ -264,5 +272,7 @@ def presets(arguments: argparse.Namespace) -> int:
 
 VERBS = {
     verb.__name__: verb
-    for verb in (train, check, data, cache, sample, bench, export, replay, demo, tiny, presets)
+    for verb in (
+        *(train, check, plan, doctor, data, cache, sample, bench, export, replay, demo, tiny, presets, slurm),
+    )
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import sfumato
 from sfumato.drawing import presets
 from sfumato.drawing.options import positive, sampling_options
+from sfumato.slurm.options import slurm_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -15,6 +16,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises UserError for a faulty preset of `sample`.
     """
     parser = grammar()
+    argv, behind = parted(argv)
     # Overrides and prompts may stand before and after options, which argparse cannot say.
     arguments, rest = parser.parse_known_args(argv)
     if arguments.verb == "sample" and (preset := presets.find(arguments.model)) is not None:
@@ -27,19 +29,33 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if hasattr(arguments, "prompts"):
         arguments.prompts += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
+    if getattr(arguments, "config", "") is None and rest and not rest[0].startswith("-"):
+        arguments.config = rest.pop(0)  # argparse takes one that may be missing only before options
     for word in rest:
         if not hasattr(arguments, "overrides") or word.startswith("-") or "=" not in word:
             hint = f"; write settings without dashes: {word.lstrip('-')}" if "=" in word else ""
             parser.error(f"unknown argument {word}{hint}")
     if rest:
         arguments.overrides += rest
+    if arguments.verb == "slurm":
+        arguments.other_words, arguments.other = behind, None if behind is None else parse(behind)
     return arguments
+
+
+def parted(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str] | None]:
+    """The words of `slurm`, and those behind its "--", which are another command of ours."""
+    if list(argv[:1]) != ["slurm"] or "--" not in argv:
+        return argv, None
+    cut = list(argv).index("--")
+    return argv[:cut], argv[cut + 1 :]
 
 
 def grammar() -> argparse.ArgumentParser:
     """Every verb and option."""
     parser = argparse.ArgumentParser(prog="sfumato", description=sfumato.__doc__)
     parser.add_argument("--version", action="version", version=f"sfumato {sfumato.__version__}")
+    # DeepSpeed's launcher puts it before everything else; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, help: str) -> argparse.ArgumentParser:
@@ -56,12 +72,19 @@ def grammar() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings, as data.resolution=768"
         )
-        command.add_argument("--gpus", type=positive, metavar="N", help="start N ranks on this machine")
+        ranks_options(command)
+
+    slurm_options(verb("slurm", "print a job for Slurm: sfumato slurm CONFIG --nodes 4 --gpus 8 | sbatch"))
+
+    plan_options(verb)
+
+    doctor_options(verb)
 
     data_options(verb)
 
     command = verb("sample", "draw pictures with a trained model, or any diffusers folder")
     sampling_options(command)
+    ranks_options(command)
     command.set_defaults(options=command)
 
     bench_options(verb)
@@ -81,21 +104,64 @@ def grammar() -> argparse.ArgumentParser:
     return parser
 
 
+def ranks_options(command: argparse.ArgumentParser) -> None:
+    """Which ranks work; `launch.become` obeys. docs/launching.md shows each way."""
+    group = command.add_argument_group("ranks", "several processes, on one machine or many")
+    group.add_argument("--gpus", type=positive, metavar="G", help="start G ranks on this machine")
+    group.add_argument("--nodes", type=positive, metavar="N", help="of N machines, each started like this")
+    group.add_argument("--node-rank", type=int, metavar="R", help="this machine's number, from 0")
+    group.add_argument("--master", metavar="HOST[:PORT]", help="machine 0; default port: 29500")
+    group.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="instead start all machines of the file over ssh"
+    )
+    group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def doctor_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """What is looked at before a run is trusted to a machine."""
+    command = verb("doctor", "see whether this machine, its ranks and a config compute what they should")
+    command.add_argument("config", nargs="?", help="a TOML file, or a preset's name; default: our defaults")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as engine.zero_stage=2")
+    ranks_options(command)
+    command.add_argument("--real-model", action="store_true", help="try the config's model, not its toy twin")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the lines and figures there, too")
+
+
+def plan_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """On which devices a run is thought of."""
+    command = verb("plan", "say what a run takes, and how it is best held, before a device is rented")
+    command.add_argument("config", help="a TOML file, or a preset's name")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.resolution=768")
+    command.add_argument("--gpus", type=positive, metavar="G", help="devices of a machine; default: 1")
+    command.add_argument("--nodes", type=positive, metavar="N", help="machines; default: 1")
+    command.add_argument("--memory", type=float, metavar="GB", help="of a device; default: as --device has")
+    command.add_argument("--device", metavar="NAME", help="such as H100, A100-40, RTX-4090, 910B")
+    command.add_argument("--all", action="store_true", help="every way, in other precisions too")
+    command.add_argument("--records", type=positive, metavar="N", help="of the data, to tell the epochs")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+
+
 def bench_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """What is measured."""
     command = verb("bench", "measure this machine, and how the program stands up to it")
     command.add_argument(
         "what",
-        choices=("data", "checkpoints", "faults"),
+        choices=("data", "checkpoints", "faults", "peers"),
         help="how fast data are read, beside Pillow and datasets; what saving and going on take, beside "
-        "DeepSpeed's own; whether a run that is killed again and again loses anything",
+        "DeepSpeed's own; whether a run that is killed again and again loses anything; how fast we train, "
+        "beside a bare loop and diffusers' example",
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     command.add_argument("--quick", action="store_true", help="less of everything")
-    command.add_argument(
-        "--gpus", type=positive, metavar="N", help="ranks of checkpoints and faults; default: 2"
-    )
+    ranks_options(command)
     command.add_argument("--kills", type=positive, metavar="N", default=100, help="of faults; default: 100")
+    command.add_argument(
+        "--model", choices=("tiny", "base", "mid"), default="tiny", help="of peers; default: tiny"
+    )
+    command.add_argument("--rounds", type=positive, metavar="N", default=5, help="of peers; default: 5")
+    command.add_argument(
+        "--diffusers-examples", type=Path, metavar="DIR", help="of peers: diffusers' folder `examples`"
+    )
 
 
 def data_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -108,7 +174,7 @@ def data_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     command = verb("cache", "encode images and captions before training, once for all runs that share them")
     command.add_argument("config", nargs="?", help="a TOML file, or a preset's name")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as data.cache=both")
-    command.add_argument("--gpus", type=positive, metavar="N", help="share the work among N ranks")
+    ranks_options(command)
     command.add_argument(
         "--prune", type=Path, metavar="STORE", help="instead free what no run needs whose folder is there"
     )

@@ -55,14 +55,21 @@ def find(env: Mapping[str, str]) -> Place | None:
     for names in LAUNCHERS:
         if names.rank not in env or names.world not in env:
             continue
+        if names.rank == "PMI_RANK" and all(
+            env.get(theirs) == env.get(srun)
+            for theirs, srun in (("PMI_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
+        ):
+            continue  # srun --mpi=pmi2, the default of some clusters; it says more by its own names
         world = number(env, names.world, names.by)
         if world == 1 and names.rank != "RANK":
             # One task of mpirun or srun may start ranks of its own with --gpus.
             continue
         rank = number(env, names.rank, names.by)
-        local_world = (
-            number(env, names.local_world, names.by) if env.get(names.local_world, "").isdigit() else world
-        )
+        local_world = world
+        if env.get(names.local_world, "").isdecimal():
+            local_world = number(env, names.local_world, names.by)
+        elif names.by == "srun":
+            local_world = tasks_here(env) or world
         if names.local_rank in env:
             local_rank = number(env, names.local_rank, names.by)
         else:
@@ -85,12 +92,21 @@ def is_further(env: Mapping[str, str]) -> bool:
 
 
 def number(env: Mapping[str, str], name: str, by: str) -> int:
+    """An integer. Raises UserError where it is none, or not there."""
     try:
         return int(env[name])
-    except ValueError:
-        raise UserError(
-            f"a place among the ranks of {by}", f"{name}={env[name]!r}", f"set {name} to a number"
-        ) from None
+    except (KeyError, ValueError):
+        found = f"{name}={env[name]!r}" if name in env else f"no {name}"
+        raise UserError(f"a place among the ranks of {by}", found, f"set {name} to a number") from None
+
+
+def tasks_here(env: Mapping[str, str]) -> int | None:
+    """How many tasks of a step of Slurm run on this node: SLURM_STEP_TASKS_PER_NODE is such as "4(x2),3"."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = env.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else None
 
 
 def adopt(env: MutableMapping[str, str]) -> Place | None:
@@ -135,7 +151,8 @@ def port(env: Mapping[str, str]) -> str | None:
 
 
 def first_node(nodes: str) -> str:
-    """The first name of Slurm's list: "gpu[03-05,9],cpu1" begins with "gpu03"."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
-    assert match, f"not a Slurm node list: {nodes!r}"
-    return match[1] + (match[2] or "") + match[3]
+    """The first name of Slurm's list: "gpu[03-05,9],cpu1" begins with "gpu03", "r[1-2]n[3-4]" with "r1n3"."""
+    first = re.match(r"(?:[^,\[\]]|\[\d[^\]]*\])+", nodes)
+    if first is None:
+        raise UserError("Slurm's list of nodes", repr(nodes), "set MASTER_ADDR on all ranks")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])

@@ -20,10 +20,11 @@ from sfumato.engine import checkpoint, published
 from sfumato.engine.content import versions
 from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
+from sfumato.variables import recorded
 
 FREE = frozenset(
     {"name", "output", "steps", "micro_batch_size", "engine", "checkpoint", "preview", "log", "export"}
-    | {"time_limit", "bad_numbers", "ema.snapshots"}
+    | {"time_limit", "bad_numbers", "ema.snapshots", "environment"}
     | {"data.source", "data.workers", "data.worker_timeout", "data.store", "data.cache", "data.max_faults"}
     | {"data.prior.source"}
     | {"model.weights", "model.vae", "model.variant"}
@@ -92,6 +93,7 @@ def write_records(config: Config, world: int, device: str, index: Index) -> None
         "ranks": world,
         "device": device,
         "packages": packages,
+        "variables": recorded(os.environ, config.environment),
     }
     write_json(config.folder / "resolved.json", config.model_dump(mode="json"))
     write_json(config.folder / "environment.json", environment)

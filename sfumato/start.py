@@ -1,8 +1,8 @@
 """What a run and a cache begin with: the ranks, the plan that they share, and the model's family."""
 
+import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from sfumato import models, prior
@@ -10,19 +10,23 @@ from sfumato.check import Plan, check
 from sfumato.config import Config
 from sfumato.engine import ranks
 from sfumato.engine.ranks import Ranks
+from sfumato.errors import UserError
 from sfumato.models.family import Family
-from sfumato.models.loading import DTYPES
+from sfumato.models.loading import frozen_dtypes, held_parts
 from sfumato.prior.fill import fill
 from sfumato.watch import MARGIN
 
 
-def begin(config: Config) -> tuple[Ranks, Plan]:
+def begin(config: Config, planned: bool = False) -> tuple[Ranks, Plan]:
     """This process's place, and what the run will do, after the class images that it needs are drawn.
 
-    The first rank looks at the data, and makes their index if need be, before the others open it.
+    planned: choose what `engine = "auto"` leaves open; the plan's config has it. The first rank looks at the
+    data, and makes their index if need be, before the others open it.
     """
     # Who hangs is named by the watch; the group's own error names nobody, so it comes later.
     place = ranks.start(config.engine.timeout + MARGIN)
+    if planned and config.engine.auto:
+        config = with_choice(config, place)
     if prior.drawn(config):
         config = with_class_images(config, place)
     if not place.first:
@@ -31,6 +35,30 @@ def begin(config: Config) -> tuple[Ranks, Plan]:
     if place.first:
         place.barrier()
     return place, plan
+
+
+def with_choice(config: Config, place: Ranks) -> Config:
+    """The config with the planner's choice for the smallest device of all; the first rank chooses."""
+    from sfumato.planner import auto
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
+    memory, called = min(place.gathered(auto.room(local)))
+    found: list[Any] = [None]
+    if place.first:
+        try:
+            found = [auto.decide(config, place.world, local, memory, called, print)]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return auto.chosen(config, found[0])
+
+
+def settled(config: Config, plan: Plan) -> Config:
+    """The config with what the plan chose for `engine = "auto"`."""
+    said = {"engine": plan.config.engine, "micro_batch_size": plan.config.micro_batch_size}
+    return config.model_copy(update=said)
 
 
 def with_class_images(config: Config, place: Ranks) -> Config:
@@ -52,16 +80,4 @@ def with_class_images(config: Config, place: Ranks) -> Config:
 
 def load_family(config: Config, place: Ranks) -> Family:
     """The model's family, with the frozen parts that encode while training."""
-    cache = config.data.cache
-    images, captions = cache in ("none", "captions"), cache in ("none", "images")
-    captions = captions and not config.learns_text
-    return models.load(config.model, place.device, *frozen_dtypes(config), images, captions)
-
-
-def frozen_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
-    """Arithmetic of the frozen text encoders and of the frozen VAE, which never runs in fp16."""
-    precision = config.engine.precision
-    vae = config.model.vae_dtype
-    if vae == "auto":
-        vae = "bf16" if precision == "bf16" else "fp32"
-    return DTYPES[precision], DTYPES[vae]
+    return models.load(config.model, place.device, *frozen_dtypes(config), *held_parts(config))

@@ -46,7 +46,8 @@ def train(config: Config) -> Path:
     asked to end early; then it is saved.
     """
     with Stopping(config.time_limit, config.folder / "stop", print) as stopping, ExitStack() as held:
-        place, plan = start.begin(config)
+        place, plan = start.begin(config, planned=True)
+        config = start.settled(config, plan)
         held.enter_context(run.alone(config.folder, place))
         saved = run.latest(config, plan.index.fingerprint, place, print)
         if place.first:

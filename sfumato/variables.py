@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sfumato.config.environment import LOGIN, SECRET
-
 # glibc gives large blocks back to the system after every step; to keep them is 3 to 6 times as fast on a CPU.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -113,6 +111,8 @@ def recorded(env: Mapping[str, str], besides: Mapping[str, str]) -> dict[str, st
 
 
 def _recorded(env: Mapping[str, str], besides: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    from sfumato.config.environment import LOGIN, SECRET  # with all of the config: not for every process
+
     names = known().keys() | besides.keys()
     prefixes = tuple(prefix for group in groups() for prefix in group.prefixes)
     for name, value in env.items():

@@ -14,6 +14,7 @@ LONGEST = (
     *("test_numbers", "test_text_encoders", "test_command", "test_data_runs", "test_training"),
     *("test_demo_style", "test_dreambooth", "test_controlnet", "test_lora", "test_textual_inversion"),
     *("test_data_index_processes", "test_checkpoint_export", "test_presets", "test_storm", "test_launch"),
+    *("test_hosts", "test_launch_others", "test_launch_nodes"),
     *("test_bad_numbers", "test_replay", "test_ema", "test_agreement", "test_saving", "test_watch"),
 )
 """The files that take longest, in that order: begun first, no worker is alone with one at the end."""

@@ -51,10 +51,11 @@ class Command:
         )
 
     def ranks(self) -> list[int]:
-        """The launcher's children."""
+        """The launcher's children, but for the one that guards them."""
         try:
-            return [child.pid for child in psutil.Process(self.process.pid).children()]
-        except psutil.NoSuchProcess:
+            children = psutil.Process(self.process.pid).children()
+            return [child.pid for child in children if "RANK" in child.environ()]
+        except psutil.Error:
             return []
 
     def end(self) -> None:

@@ -14,6 +14,8 @@ from sfumato.errors import UserError
 PRESETS = Path(__file__).parents[1] / "presets"
 KINDS = {"method", "timesteps", "weight"}
 """Settings that are a table of one of several kinds."""
+PLANNED = ("zero_stage", "gradient_checkpointing", "offload_optimizer", "offload_parameters")
+"""Settings of [engine] that the planner may choose; the others move numbers, or are the user's."""
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -29,6 +31,9 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"the config {path}", f"it is not valid TOML: {error}", "mend that line") from None
     if set(values) == {"sample"}:
         raise UserError(f"the config {path}", "it says what to draw", f"sfumato sample {source}")
+    if any(word.replace('"', "").replace(" ", "") == "engine=auto" for word in overrides):
+        overrides = [word for word in overrides if not word.replace(" ", "").startswith("engine=")]
+        free_engine(values)
     for override in overrides:
         set_value(values, override)
     return parse(values, str(path))
@@ -48,6 +53,18 @@ def find(source: str | Path) -> Path:
     raise UserError(f"the config {source}", "no such file, and no preset of that name", hint)
 
 
+def free_engine(values: dict[str, Any]) -> None:
+    """Let the planner choose what a file says of it; what else [engine] holds stays, as it moves numbers."""
+    engine = values.get("engine")
+    kept = (
+        {key: value for key, value in engine.items() if key not in PLANNED}
+        if isinstance(engine, dict)
+        else {}
+    )
+    values["engine"] = {**kept, "auto": True}
+    values.pop("micro_batch_size", None)
+
+
 def set_value(values: dict[str, Any], override: str) -> None:
     """Apply one `a.b=value` to nested tables; the value is TOML, or a plain string."""
     key, equals, text = override.partition("=")
@@ -61,6 +78,8 @@ def set_value(values: dict[str, Any], override: str) -> None:
     for table in tables:
         if table in KINDS and isinstance(values.get(table), str):
             values[table] = {"kind": values[table]}
+        if table == "engine" and values.get(table) == "auto":
+            values[table] = {"auto": True}
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
             raise UserError(

@@ -1,11 +1,12 @@
 """A whole run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from sfumato.config.data import Data
+from sfumato.config.environment import texts
 from sfumato.config.method import ControlNet, Full, LoRA, Model, TextualInversion
 from sfumato.config.objective import Objective
 from sfumato.config.section import Section, named
@@ -45,8 +46,17 @@ class Config(Section):
     preview: Preview = Preview()
     log: Log = Log()
     export: Export = Export()
+    environment: dict[str, str] = {}
+    """Environment variables that every rank gets before torch starts, such as NCCL_DEBUG = "INFO"; they win
+    over the shell's. docs/environment.md lists those that matter."""
 
+    _environment = field_validator("environment", mode="before")(texts)
     _named = field_validator("method", mode="before")(named("full"))
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return {"auto": True} if value == "auto" else value
 
     @property
     def folder(self) -> Path:

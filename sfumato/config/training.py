@@ -56,10 +56,20 @@ class Engine(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is sharded over the ranks: 1 optimizer states, 2 and gradients, 3 and weights."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where fp32 weights, optimizer states and averages live and the step is made; "cpu" needs zero_stage 1,
+    2 or 3, "nvme" is refused."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where the weights wait until their layer is computed; "cpu" needs zero_stage = 3, "nvme" is refused."""
+    pin_memory: bool = True
+    """Offload to page-locked memory, which copies faster; false where the system allows too little of it."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the trained part; the optimizer always holds fp32 weights. fp16 needs a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter more arithmetic."""
+    auto: bool = False
+    """Let `sfumato plan` choose at each start what is not set here of zero_stage, offload_optimizer,
+    offload_parameters and gradient_checkpointing, and micro_batch_size. `engine = "auto"` says the same."""
     attention: str | None = None
     """A diffusers attention backend such as "native", "flash" or "_native_npu"; unset: diffusers chooses."""
     fp16: Fp16 = Fp16()

@@ -21,7 +21,6 @@ def sampling_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("prompts", nargs="*", metavar="prompt", help="one or more prompts")
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
-    command.add_argument("--gpus", type=positive, metavar="N", help="share the pictures among N ranks")
     command.add_argument("--model", dest="instead", metavar="MODEL", help="in place of a preset's model")
     text_options(command.add_argument_group("prompts"))
     how_options(command.add_argument_group("how it is drawn"))

@@ -6,7 +6,7 @@ missing gradient_clipping means 1.0 since 0.19.3) and unknown top-level keys pas
 
 from typing import Any
 
-from sfumato.config import Config
+from sfumato.config import Config, Engine
 from sfumato.errors import UserError
 
 OWNED: dict[str, str] = {
@@ -23,6 +23,13 @@ OWNED: dict[str, str] = {
     "data_types": "engine.precision",
     "communication_data_type": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "zero_optimization.offload_optimizer.pin_memory": "engine.pin_memory",
+    "zero_optimization.offload_param.device": "engine.offload_parameters",
+    "zero_optimization.offload_param.pin_memory": "engine.pin_memory",
+    "zero_optimization.cpu_offload": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload_params": "engine.offload_parameters",
+    "zero_optimization.cpu_offload_use_pin_memory": "engine.pin_memory",
     "zero_allow_untested_optimizer": "optimizer.name",
     "zero_force_ds_cpu_optimizer": "optimizer.name",
     "activation_checkpointing": "engine.gradient_checkpointing",
@@ -31,6 +38,9 @@ OWNED: dict[str, str] = {
     "steps_per_print": "log.every",
 }
 """DeepSpeed keys that a setting of ours decides: dotted DeepSpeed key -> our setting's name."""
+BUCKET = 50_000_000
+"""Numbers of a gradient that are summed over the ranks at once, at stages 1 to 3. DeepSpeed makes room for
+all of them, also for a small model: its own 500 million take 1 to 2 GB of a card."""
 
 
 def autocast(config: Config) -> bool:
@@ -42,8 +52,11 @@ def autocast(config: Config) -> bool:
     return config.engine.precision == "bf16" and config.engine.zero_stage == 0
 
 
-def ds_config(config: Config, world: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration of a run on `world` ranks."""
+def ds_config(config: Config, world: int, learning: int | None = None) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of a run on `world` ranks.
+
+    learning: numbers that learn, where that is known; buckets are no larger.
+    """
     engine, steps = config.engine, config.accumulation(world)
     low = engine.precision != "fp32" and not autocast(config)
     # Sums over many micro-batches lose digits in half precision; with one there is nothing to sum.
@@ -67,15 +80,28 @@ def ds_config(config: Config, world: int) -> dict[str, Any]:
             "reduce_scatter": True,
             "overlap_comm": False,
             "round_robin_gradients": False,
+            "reduce_bucket_size": BUCKET if learning is None else min(BUCKET, learning),
+            "stage3_prefetch_bucket_size": BUCKET,
             # DeepSpeed's own linear layer rounds once more in half precision than torch's.
             "memory_efficient_linear": False,
-        },
+        }
+        | offloaded(engine),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         "steps_per_print": 2**62,
     }
     return merge(ours, engine.deepspeed)
+
+
+def offloaded(engine: Engine) -> dict[str, Any]:
+    """DeepSpeed's keys for what does not stay on the device; none if all of it does."""
+    wanted = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+    return {
+        key: {"device": device, "pin_memory": engine.pin_memory}
+        for key, device in wanted.items()
+        if device != "none"
+    }
 
 
 def merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, Any]:

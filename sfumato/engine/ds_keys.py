@@ -24,10 +24,35 @@ DEEPSPEED_KEYS = frozenset(
     """.split()
 )
 
+REFUSED: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        (
+            "bf16.bf16_master_weights_and_grads",
+            "bf16.bf16_optimizer_states",
+            "fp16.fp16_master_weights_and_grads",
+        ),
+        (
+            "a weight in half precision does not move by less than one part in some hundreds, as most steps "
+            "of a fine-tune do, and no average of it can follow",
+            'keep fp32 weights, and move them away with engine.offload_optimizer = "cpu"',
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            "zero_optimization.offload_optimizer.ratio",
+            "zero_optimization.offload_optimizer.super_offload",
+            "zero_optimization.zenflow",
+        ),
+        ("it steps with an optimizer of DeepSpeed's own, which keeps no averages", "remove it"),
+    ),
+}
+"""DeepSpeed keys under which a run would not be what it says: dotted key -> why, and what to do."""
+
 
 def deepspeed_faults(theirs: Mapping[str, Any]) -> list[UserError]:
     """Keys of [engine.deepspeed] that a setting of ours decides, or that DeepSpeed would ignore."""
     faults = []
+    inside = [name for name, _ in dotted(theirs) if name in REFUSED]
     for key in theirs:
         if key not in DEEPSPEED_KEYS and key not in OWNED:
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS - OWNED.keys(), 1)
@@ -38,7 +63,9 @@ def deepspeed_faults(theirs: Mapping[str, Any]) -> list[UserError]:
             )
             faults.append(UserError(f"[engine.deepspeed] {key}", "DeepSpeed does not know this key", do))
     for name, value in dotted(theirs):
-        if name in OWNED:
+        if name in REFUSED:
+            faults.append(UserError(f"[engine.deepspeed] {name} = {value!r}", *REFUSED[name]))
+        elif name in OWNED and not any(other.startswith(f"{name}.") for other in inside):
             ours = OWNED[name]
             faults.append(
                 UserError(

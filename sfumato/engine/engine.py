@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.config import Config
-from sfumato.engine import ema, optimizer, profiles, shards
+from sfumato.engine import ema, offload, optimizer, profiles, shards
 from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.scale import LossScale
@@ -69,11 +69,11 @@ class Engine:
         self._micro = 0
         self._losses: list[Tensor] = []
         self._applied: dict[int, Tensor] = {}
-        settings = ds_config(config, ranks.world)
-        module = self._build(build, settings)
+        module = self._build(build, ds_config(config, ranks.world))
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         assert trained, "the method's module has no parameter that learns"
-        base = optimizer.build(config, trained, ranks.device)
+        settings = ds_config(config, ranks.world, sum(shards.size_of(p) for p in trained.values()))
+        base = optimizer.build(config, trained, offload.stepping(config, ranks.device))
         # DeepSpeed takes parameters and optimizer together; without the list it would pass frozen ones too.
         with redirect_stdout(io.StringIO()):  # some of its optimizers print memory figures
             self.deepspeed, *_ = deepspeed.initialize(

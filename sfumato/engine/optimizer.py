@@ -8,6 +8,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 
 from sfumato.config import Config
+from sfumato.device import has_fused_adamw
 from sfumato.engine.ema import averaging
 
 
@@ -20,7 +21,7 @@ def build(config: Config, parameters: Mapping[str, torch.nn.Parameter], device: 
     kind: type[Optimizer] = SGD
     options: dict[str, Any] = {"weight_decay": settings.weight_decay}
     if settings.name == "adamw":
-        fused = device.type in ("cpu", "cuda")  # one pass over memory where torch has the kernel
+        fused = has_fused_adamw(device)
         kind, options = AdamW, options | {"betas": settings.betas, "eps": settings.eps, "fused": fused}
     if config.ema.enabled:
         kind = averaging(kind)

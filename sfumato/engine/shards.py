@@ -6,6 +6,7 @@ slice of a parameter by (name, start, length), so that what is written on some r
 on others at another.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -112,12 +113,25 @@ def refresh(engine) -> None:  # type: ignore[no-untyped-def]
     if stage == 3:
         zero = engine.optimizer
         zero._partition_all_parameters()
+        forget_second_copies(engine)
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
+def forget_second_copies(engine) -> None:  # type: ignore[no-untyped-def]
+    """Have ZeRO++'s copies among neighbouring ranks made anew: the backward pass reads the weights there."""
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
+
+
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
     """The whole shape of a parameter, also where stage 3 has put it away."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def size_of(parameter: Tensor) -> int:
+    """The numbers of a whole parameter."""
+    return math.prod(shape_of(parameter))

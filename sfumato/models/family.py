@@ -20,7 +20,7 @@ from sfumato import config
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.models.attention import probe
-from sfumato.models.folder import examine, read_json
+from sfumato.models.folder import Facts, examine, read_json
 from sfumato.models.identity import fingerprint
 from sfumato.models.latents import draw
 from sfumato.models.loading import frozen, module_dtype, quiet
@@ -32,7 +32,8 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 class Family(Texts):
     """The frozen parts of a model, how they encode, and how its denoiser is asked.
 
-    `folder`: the weights as `folder.locate` found them. `dtype`: arithmetic of the text encoders.
+    `folder`: the weights as `folder.locate` found them. `dtype`: arithmetic of the text encoders. `facts`:
+    what the folder says, where that is known and its weights are not looked for.
     Raises UserError for every fault of the folder, those of the frozen parts' files when they are loaded.
     """
 
@@ -55,8 +56,9 @@ class Family(Texts):
         device: torch.device,
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
+        facts: Facts | None = None,
     ) -> None:
-        self.facts = examine(model.model_copy(update={"weights": str(folder), "revision": None}))
+        self.facts = facts or examine(model.model_copy(update={"weights": str(folder), "revision": None}))
         kinds = (self.facts.pipeline, self.facts.components[self.learns][1])
         if kinds != (wanted := (self.pipeline.__name__, self.denoiser_class.__name__)):
             found = f"{folder} holds {' with '.join(kinds)}, the family is for {' with '.join(wanted)}"

@@ -15,10 +15,28 @@ from torch import nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from sfumato.config import Config
 from sfumato.errors import UserError
+from sfumato.models.folder import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What settings call the numbers that a model computes with."""
+
+
+def frozen_dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
+    """Arithmetic of the frozen text encoders and of the frozen VAE, which never runs in fp16."""
+    precision = config.engine.precision
+    vae = config.model.vae_dtype
+    if vae == "auto":
+        vae = "bf16" if precision == "bf16" else "fp32"
+    return DTYPES[precision], DTYPES[vae]
+
+
+def held_parts(config: Config) -> tuple[bool, bool]:
+    """Whether the frozen VAE and the frozen text encoders are at hand while a run trains."""
+    cache = config.data.cache
+    images, captions = cache in ("none", "captions"), cache in ("none", "images")
+    return images, captions and not config.learns_text
 
 
 class _Quiet:
@@ -62,9 +80,13 @@ def quiet() -> Iterator[None]:
 def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device) -> Any:
     """A model of a diffusers or transformers class, in eval mode and without gradients.
 
+    On the meta device it has shapes and no numbers, and of the folder only its config.json is read.
+
     Raises UserError when the file is broken, or its weights are not all those that the class and its config
     ask for: the libraries would fill the gaps with random numbers.
     """
+    if device.type == "meta":
+        return shaped(kind, folder, dtype)
     # diffusers warns about the missing accelerate unless told not to want it; transformers has no such key.
     own = (
         {"low_cpu_mem_usage": False, "torch_dtype": dtype}
@@ -97,6 +119,15 @@ def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, de
             "use a config.json and weights that belong together",
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def shaped(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """What `frozen` gives on the meta device."""
+    said = read_json(folder / "config.json")
+    with quiet(), torch.device("meta"):
+        ours = kind.__module__.startswith("diffusers")
+        model = kind.from_config(said) if ours else kind(kind.config_class(**said))
+        return model.to(dtype).eval().requires_grad_(False)
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:

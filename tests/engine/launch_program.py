@@ -8,18 +8,19 @@ import ctypes
 import datetime
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sfumato import cli, launch, place
+from sfumato import launch, place
 from sfumato.errors import UserError
-from sfumato.launch import alone, become, hosts, supervise
-from sfumato.watch import Watch
+from sfumato.launch import alone, supervise
 
 
 def barrier() -> None:
@@ -29,6 +30,22 @@ def barrier() -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     dist.barrier()
+
+
+def meet(rank: int) -> socket.socket:
+    """Rank 0 listens where MASTER_PORT says, and rank 1 finds it there: a group of two without torch."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank == 0:
+        with socket.create_server(("", where[1])) as server:
+            server.settimeout(60)
+            return server.accept()[0]
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(where, timeout=60)
+        except OSError:
+            assert time.monotonic() < end, "rank 0 does not listen"
+            time.sleep(0.05)
 
 
 def sleep_for_ever() -> None:
@@ -57,6 +74,8 @@ def stuck() -> None:
 
 def train(case: str, rank: int) -> None:
     """Beat as the loop does; rank 1 ends its third step in some way, and rank 0 waits for it."""
+    from sfumato.watch import Watch
+
     ranks: Any = SimpleNamespace(rank=rank, world=2)  # the real one would import torch
     with Watch(ranks, 600 if case == "dies" else 2) as watch:
         for step in range(3):
@@ -72,7 +91,7 @@ def train(case: str, rank: int) -> None:
 def work(case: str, rank: int) -> int:
     """What one rank of a case does; every case has rank 1 as the odd one."""
     if case == "fine":
-        barrier()
+        meet(rank).close()
         print(f"rank {rank} OMP {os.environ['OMP_NUM_THREADS']} {os.environ.get('MALLOC_TOP_PAD_')}")
     elif case == "exit-7" and rank == 1:
         return 7
@@ -83,11 +102,12 @@ def work(case: str, rank: int) -> int:
         if rank == 1:
             raise RuntimeError("the wheel came off")
         barrier()
-    elif case == "killed":
-        barrier()
+    elif case == "breaks":
+        other = meet(rank)
         if rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        barrier()
+            raise RuntimeError("the wheel came off")
+        other.recv(1)
+        raise RuntimeError("Connection closed by peer")  # as gloo says it
     elif case == "segfault" and rank == 1:
         ctypes.string_at(0)
     elif case == "saves" or case == "one-stops" and rank == 0:
@@ -112,20 +132,38 @@ def work(case: str, rank: int) -> int:
     return 0
 
 
+def guarded(work: Callable[[], int]) -> int:
+    """As the command line does it, which a process with few imports goes without."""
+    try:
+        return work()
+    except UserError as error:
+        if not launch.report(error):
+            print(error, file=sys.stderr)
+        return 2
+    except Exception as error:
+        if launch.report(error):
+            return 1
+        raise
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "rank":
         launch.follow_supervisor()
-        sys.exit(cli.guarded(lambda: work(sys.argv[2], int(os.environ["RANK"]))))
+        sys.exit(guarded(lambda: work(sys.argv[2], int(os.environ["RANK"]))))
     if sys.argv[1] == "alone":  # a rank of another launcher
         found = place.adopt(os.environ)
         assert found is not None, "nobody has made this a rank"
         number = found.rank
         alone.log_here(number, Path(sys.argv[3]))
-        sys.exit(cli.guarded(lambda: work(sys.argv[2], number)))
+        sys.exit(guarded(lambda: work(sys.argv[2], number)))
     if sys.argv[1] == "hosts":
+        from sfumato.launch import hosts
+
         words = [sys.executable, __file__, "node", *sys.argv[3:]]
-        sys.exit(cli.guarded(lambda: hosts.run(Path(sys.argv[2]), words, None, Path(sys.argv[4]))))
+        sys.exit(guarded(lambda: hosts.run(Path(sys.argv[2]), words, None, Path(sys.argv[4]))))
     if sys.argv[1] == "node":  # what DeepSpeed's launcher has started for a hostfile
+        from sfumato.launch import become
+
         options = Namespace(gpus=None, hostfile=None)
         here = become.where(options, os.environ)
         command = [sys.executable, __file__, "rank", sys.argv[2]]
@@ -135,4 +173,4 @@ if __name__ == "__main__":
     at = launch.At(int(node[0]), int(node[1]), "127.0.0.1", int(node[2]), float(node[3])) if node else None
     command = [sys.executable, __file__, "rank", case]
     facts = {"the case": case.removesuffix("-here")}
-    sys.exit(cli.guarded(lambda: launch.run(command, int(count), Path(logs), at=at, facts=facts)))
+    sys.exit(guarded(lambda: launch.run(command, int(count), Path(logs), at=at, facts=facts)))

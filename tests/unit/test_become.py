@@ -47,14 +47,19 @@ def test_srun_with_one_task_a_node() -> None:
     assert where(asked, NODE | {"SLURM_STEP_NUM_TASKS": "16"}) is None
     assert where(asked, {name: value for name, value in NODE.items() if "STEP" not in name}) is None
     assert where(options(), NODE) is None
+    pmi = NODE | {"PMI_RANK": "1", "PMI_SIZE": "2"}
+    assert where(asked, pmi) == where(asked, NODE), "srun --mpi=pmi2 is no mpirun"
+    with pytest.raises(UserError, match="MASTER_PORT='x'"):
+        where(asked, NODE | {"MASTER_PORT": "x"})
 
 
 def test_a_node_of_a_hostfile(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = options()
+    asked.hostfile = Path("left in the command line")
     told = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7", hosts.SLOTS: "[8,4]"}
-    monkeypatch.setattr(os, "environ", dict(told))
-    assert where(asked, os.environ, 9) == At(1, 2, "a", 7, 9)
-    assert asked.gpus == 4 and hosts.SLOTS not in os.environ
+    monkeypatch.setattr(os, "environ", {**told, hosts.WORD: "w"})
+    assert where(asked, os.environ, 9) == At(1, 2, "a", 7, 9, "w")
+    assert asked.gpus == 4 and asked.hostfile is None and not {hosts.SLOTS, hosts.WORD} & set(os.environ)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,7 @@ def test_a_node_of_a_hostfile(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--nodes", "2", "--master", "a", "--gpus", "1"], "no --node-rank"),
         (["--nodes", "2", "--node-rank", "2", "--master", "a", "--gpus", "1"], "--node-rank 2"),
         (["--nodes", "2", "--node-rank=-1", "--master", "a", "--gpus", "1"], "--node-rank -1"),
+        (["--nodes", "2", "--node-rank", "0", "--master", "a:²", "--gpus", "1"], r"no HOST\[:PORT\]"),
         (["--nodes", "2", "--node-rank", "0", "--master", "a:x", "--gpus", "1"], r"no HOST\[:PORT\]"),
         (["--node-rank", "0", "--gpus", "1"], "no --nodes"),
         (["--master", "a", "--gpus", "1"], "no --nodes"),
@@ -94,7 +100,7 @@ def test_what_deepspeed_adds_is_taken(words: list[str]) -> None:
 def test_world_of_check(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=8\n# b slots=8\n\nc slots=4\n")
     assert world(options("--hostfile", str(tmp_path / "hosts"))) == 12
-    assert world(options("--nodes", "2", "--node-rank", "0", "--master", "a", "--gpus", "4")) == 8
+    assert world(options("--nodes", "2", "--gpus", "4")) == 8
     assert world(options("--gpus", "4")) == 4 and world(options()) == 1
 
 
@@ -123,9 +129,16 @@ def test_a_hostfile_without_pdsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         hosts.run(tmp_path / "hosts", ["x"], None, tmp_path)
 
 
-def test_the_command_for_the_hosts() -> None:
-    words = ["py", "train", "x", "--hostfile", "h", "a=b", "--master=c", "--hostfile=h"]
-    assert hosts.without_hostfile(words) == ["py", "train", "x", "a=b"]
+def test_a_folder_that_deepspeed_would_cut_at_its_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my run").mkdir()
+    for name in ("ssh", "pdsh"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "my run")
+    with pytest.raises(UserError, match="found: the folder .*my run"):
+        hosts.check(Path("hosts"), {"a": 8})
 
 
 def test_an_interface_is_found_and_the_users_stays() -> None:

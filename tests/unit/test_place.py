@@ -60,6 +60,18 @@ def test_srun() -> None:
     assert 20000 <= int(env["MASTER_PORT"]) < 30000
 
 
+def test_ranks_of_this_node_of_a_step() -> None:
+    """srun -N 3 -n 8, which says no --ntasks-per-node."""
+    env = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2", "SLURM_STEP_NUM_TASKS": "8"}
+    found = [find(env | {"SLURM_NODEID": str(node)}) for node in range(3)]
+    assert [place.local_world for place in found if place] == [3, 3, 2]
+    # srun --mpi=pmi2 says less by mpirun's names; mpirun that srun has started says other numbers.
+    pmi = find(env | {"SLURM_NODEID": "0", "PMI_RANK": "3", "PMI_SIZE": "8"})
+    assert pmi is not None and (pmi.by, pmi.local_rank, pmi.local_world) == ("srun", 1, 3)
+    inner = find(env | {"PMI_RANK": "3", "PMI_SIZE": "64"})
+    assert inner is not None and (inner.by, inner.world) == ("mpirun", 64)
+
+
 def test_a_batch_script_is_no_rank() -> None:
     """sbatch gives its script rank 0 of all tasks; to take it would wait for tasks that nobody starts."""
     script = {name: value for name, value in SRUN.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
@@ -97,7 +109,14 @@ def test_faults_are_the_users(change: dict[str, str]) -> None:
         ("gpu[03-05,9],cpu1", "gpu03"),
         ("a[7]-ib,b", "a7-ib"),
         ("rack1-node[1,2]", "rack1-node1"),
+        ("rack[1-2]node[1-4],b", "rack1node1"),
+        ("r[01,03]n[3-4]s", "r01n3s"),
     ],
 )
 def test_first_node(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
+
+
+def test_a_list_of_nodes_that_is_none() -> None:
+    with pytest.raises(UserError, match="list of nodes"):
+        first_node("")

@@ -1,0 +1,1 @@
+"""What a run takes, before a device is rented."""

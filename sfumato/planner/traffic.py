@@ -1,0 +1,92 @@
+"""What a rank sends in an optimizer step, by ZeRO stage. Imports no torch.
+
+Of n ranks, in sizes of what is exchanged: a sum on all ranks (all-reduce) sends 2 (n - 1) / n, a gather or a
+sum in shards (all-gather, reduce-scatter) (n - 1) / n (arXiv:1910.02054, section 7).
+"""
+
+from dataclasses import dataclass
+
+from sfumato.config import Config
+from sfumato.engine.size import BYTES
+from sfumato.planner.ways import way_of
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in an optimizer step.
+
+    `link`: to ranks of its own machine, or of all where there is one machine only. `network`: its share of
+    what its machine sends to others. `host`: to and from the memory of the machine, for what is kept there.
+    """
+
+    link: int
+    network: int
+    host: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.link + other.link, self.network + other.network, self.host + other.host)
+
+
+def exchange(size: float, passes: float, world: int, local: int) -> Traffic:
+    """A collective of `size` bytes among all ranks, `local` of them on each machine.
+
+    passes: 2 for an all-reduce, 1 for an all-gather or a reduce-scatter. The rings of the devices share the
+    way between machines, so each device sends one of `local` parts of it.
+    """
+    if world == 1:
+        return Traffic(0, 0)
+    nodes = max(1, world // local)
+    within = passes * size * (world - 1) / world
+    across = passes * size * (nodes - 1) / nodes / local
+    return Traffic(round(within), round(across))
+
+
+def traffic(config: Config, world: int, local: int, learns: int, beside: int) -> Traffic:
+    """What a rank sends in a step of `world` ranks, `local` on each machine.
+
+    learns: how many numbers learn. beside: bytes of frozen weights that the engine holds and stage 3 cuts up.
+
+    Stages 1 and 2 sum gradients on all ranks, as DeepSpeed does unless use_multi_rank_bucket_allreduce is
+    off, and gather the weights after the step; stage 1 sums once a step, stage 2 for every micro-batch. Stage
+    3 gathers all weights forward and backward, and sums gradients in shards, for every micro-batch; with
+    zero_hpz_partition_size the backward pass gathers among so many ranks only (arXiv:2306.10209).
+    """
+    engine, times = config.engine, config.accumulation(world)
+    stage = engine.zero_stage
+    theirs = engine.deepspeed.get("zero_optimization", {})
+    size = 4 if stage == 0 else BYTES[engine.precision]
+    summed = 4 if stage > 1 and times > 1 else size
+    if stage == 0:
+        return exchange(learns * size, 2, world, local)
+    if stage < 3:
+        whole = theirs.get("use_multi_rank_bucket_allreduce", True)
+        sums = exchange(learns * summed, 2 if whole else 1, world, local)
+        sent = repeated(sums, times if stage == 2 else 1) + exchange(learns * size, 1, world, local)
+    else:
+        weights = learns * size + beside
+        gather = exchange(weights, 1, world, local)
+        sums = repeated(exchange(learns * summed, 1, world, local), times)
+        few = theirs.get("zero_hpz_partition_size", 1)
+        again = exchange(weights, 1, few, local) if few > 1 else gather
+        sent = repeated(gather + again, times) + sums
+    return sent + Traffic(0, 0, moved(config, world, learns, beside))
+
+
+def moved(config: Config, world: int, learns: int, beside: int) -> int:
+    """Bytes between a device and its machine's memory in a step, for what offload keeps there."""
+    size, times = BYTES[config.engine.precision], config.accumulation(world)
+    own = -(-learns // world)
+    kept = way_of(config).offload
+    if kept == "none":
+        return 0
+    # Gradients go down and weights come back; weights of stage 3 that stay there come up twice a micro-batch.
+    summed = 4 if times > 1 else size
+    found = own * (summed + size)
+    if kept == "parameters":
+        found += 2 * times * (own * size + beside // world)
+    return found
+
+
+def repeated(one: Traffic, times: int) -> Traffic:
+    """So many times the same."""
+    return Traffic(one.link * times, one.network * times, one.host * times)
