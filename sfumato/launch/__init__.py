@@ -110,4 +110,4 @@ def meeting_point(port: int, others: Nodes | None, env: Mapping[str, str]) -> di
     if others is None:
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     found = {"MASTER_ADDR": others.at.host, "MASTER_PORT": str(others.port)}
-    return found | interface.variables(env, others.at.host)
+    return found | interface.variables(env, others.own())

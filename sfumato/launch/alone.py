@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from sfumato.errors import UserError
 
 TOLD = ".told"
 """The file in the folder of the logs which the rank that shows its error makes."""
 ECHO = 2.0
 """Seconds in which the rank that failed first may tell the cause, before an echo of that is shown."""
+APART = 60.0
+"""Seconds between the ranks of one start at most, where whoever starts them has been there for longer."""
 
 
 @dataclass
@@ -59,7 +63,7 @@ def log_here(rank: int, logs: Path) -> None:
     try:
         logs.mkdir(parents=True, exist_ok=True)
         file = (logs / f"rank-{rank}.log").open("a", encoding="utf-8", buffering=1)
-        (logs / TOLD).unlink(missing_ok=True)  # of an earlier start
+        remove_old(logs / TOLD)
     except OSError as error:
         raise UserError(
             f"the logs of the ranks in {logs}", f"{error.strerror}", "set another `output`"
@@ -75,16 +79,25 @@ def log_here(rank: int, logs: Path) -> None:
         sys.stdout, sys.stderr = Both(sys.stdout, file), Both(sys.stderr, file)
 
 
+def remove_old(mark: Path) -> None:
+    """Remove the mark of an earlier start; a rank that has failed already may have made this start's."""
+    with contextlib.suppress(FileNotFoundError):
+        made, begun = mark.stat().st_mtime, psutil.Process().create_time() - APART
+        with contextlib.suppress(psutil.Error):
+            begun = max(begun, psutil.Process(os.getppid()).create_time())  # the launcher's
+        if made < begun:
+            mark.unlink()
+
+
 def say(text: str, first: bool) -> None:
     """Write to the console if `first`, and to the log, whatever state the streams of Python are in."""
-    content = f"{text}\n".encode()
-    with contextlib.suppress(OSError):
-        if first:
-            os.write(LOGS[-1].console if LOGS else 2, content)
-        for log in LOGS:
-            os.write(log.file.fileno(), content)
-        if not first and not LOGS:
-            os.write(2, content)
+    content = f"{text}\n".encode(errors="replace")
+    targets = [log.file.fileno() for log in LOGS]
+    if first or not LOGS:
+        targets.insert(0, LOGS[-1].console if LOGS else 2)
+    for target in targets:
+        with contextlib.suppress(OSError):
+            os.write(target, content)
 
 
 def tell(text: str, echo: bool) -> bool:

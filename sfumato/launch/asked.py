@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PATIENCE = 600.0  # seconds from the user's signal to SIGKILL: a checkpoint may be being written
 REPEATED = 0.5  # seconds in which one wish may come twice, as from `timeout`, which tells its group as well
@@ -22,6 +22,8 @@ class Asked:
     again: int | None = None
     """The first other signal, and one that came when that was not just repeated."""
     at: float = math.inf
+    noted: list[int] = field(default_factory=list)
+    """All of these, in their order."""
 
     def note(self, number: int) -> None:
         """Count one, and say what it does."""
@@ -34,6 +36,9 @@ class Asked:
             text = f"stopping all ranks; they have {PATIENCE:g} s to save, and once more stops them at once"
         elif time.monotonic() > self.at + REPEATED:
             self.again = number
+        else:
+            return
+        self.noted.append(number)
         if text:
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{text}\n".encode())
@@ -41,7 +46,7 @@ class Asked:
     @property
     def any(self) -> bool:
         """Whether one came at all."""
-        return self.first is not None or self.warnings > 0
+        return bool(self.noted)
 
 
 @contextlib.contextmanager

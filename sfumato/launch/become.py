@@ -54,7 +54,7 @@ def as_ranks(arguments: argparse.Namespace, logs: Path, settings: Any = None) ->
         tuning.restart(environment)
     place.adopt(os.environ)
     if found is not None and found.world > found.local_world:
-        os.environ |= interface.variables(os.environ, os.environ["MASTER_ADDR"])
+        os.environ |= interface.variables(os.environ, interface.toward(os.environ["MASTER_ADDR"]))
     if found is not None and found.world > 1 and arguments.real:
         alone.log_here(found.rank, logs)
     return None
@@ -104,14 +104,17 @@ def where(arguments: argparse.Namespace, env: Mapping[str, str], limit: float = 
 def slurm_node(arguments: argparse.Namespace, env: Mapping[str, str], limit: float) -> At | None:
     """Under `srun` with one task a node and --gpus: that node, of those of the step."""
     found = place.find(env)
-    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    if not arguments.gpus or found is None or found.by != "srun" or found.world != nodes:
+    if not arguments.gpus or found is None or found.by != "srun":
         return None
+    name = "SLURM_STEP_NUM_NODES" if env.get("SLURM_STEP_NUM_NODES") else "SLURM_NNODES"
+    if found.world != place.number(env, name, "srun"):
+        return None
+    said = {"MASTER_PORT": place.port(env) or str(interface.PORT)}
     return At(
         place.number(env, "SLURM_NODEID", "srun"),
-        nodes,
-        env.get("MASTER_ADDR") or place.first_node(env["SLURM_STEP_NODELIST"]),
-        int(place.port(env) or interface.PORT),
+        found.world,
+        env.get("MASTER_ADDR") or place.first_node(env.get("SLURM_STEP_NODELIST", "")),
+        place.number(said, "MASTER_PORT", "srun"),
         limit,
     )
 
@@ -121,8 +124,10 @@ def brought(arguments: argparse.Namespace, env: Mapping[str, str], limit: float)
     slots: Sequence[int] = json.loads(env[hosts.SLOTS])
     number = int(env["RANK"])  # it starts one process a machine
     arguments.gpus, arguments.hostfile = slots[number], None
-    os.environ.pop(hosts.SLOTS)
-    return At(number, len(slots), env["MASTER_ADDR"], int(env["MASTER_PORT"]), limit)
+    at = At(number, len(slots), env["MASTER_ADDR"], int(env["MASTER_PORT"]), limit, env.get(hosts.WORD, ""))
+    for name in (hosts.SLOTS, hosts.WORD):
+        os.environ.pop(name, None)
+    return at
 
 
 def same(settings: Any) -> dict[str, str]:
@@ -166,6 +171,8 @@ def world(arguments: argparse.Namespace) -> int:
     """How many ranks the command line and the environment ask for, all machines together."""
     if arguments.hostfile is not None:
         return sum(hosts.read(arguments.hostfile).values())
+    if arguments.nodes is not None and arguments.gpus:
+        return int(arguments.nodes * arguments.gpus)  # where they meet is of no interest here
     at = where(arguments, os.environ)
     if at is not None:
         return at.count * int(arguments.gpus)

@@ -44,4 +44,7 @@ def guard(patience: float) -> None:
 
 
 if __name__ == "__main__":
+    # Slurm and systemd send theirs to every process of a job.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
     guard(float(sys.argv[1]))

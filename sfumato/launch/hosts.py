@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -27,10 +28,17 @@ from sfumato.launch.line import Line
 
 SLOTS = "SFUMATO_HOST_SLOTS"
 """In the processes that DeepSpeed starts: ranks of each machine, as JSON."""
+WORD = "SFUMATO_HOST_PARENT"
+"""There, too: what only this process and they know, so that nobody else is obeyed."""
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20")
+ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+"""For pdsh's ssh: without it the connection to a host that has lost its power may stand for hours."""
+PLAIN = re.compile(r"[\w@%+=:,./-]+")
+"""Words that every shell reads as they are."""
 NOISE = re.compile(rb"\[[\d-]+ [\d:,]+\] \[\w+\] \[(launch|real_accelerator)\.py:|pdsh@\S+: \S+: ssh exited ")
 """What DeepSpeed's launcher and pdsh say of every start and end, which `verdict` says better."""
 LEAVE = 30.0  # seconds from the second signal to the end of DeepSpeed's launcher
+LOGIN = 60.0  # seconds in which ssh to a host has to answer
 
 
 def read(file: Path) -> dict[str, int]:
@@ -61,7 +69,10 @@ def read(file: Path) -> dict[str, int]:
 
 
 def run(file: Path, command: Sequence[str], master: str | None, logs: Path) -> int:
-    """Start `command` on every host of the file and wait until all have ended; the ranks' exit code."""
+    """Start `command` on every host of the file and wait until all have ended; the ranks' exit code.
+
+    `command` may hold --hostfile and --master: there SLOTS goes first.
+    """
     slots = read(file)
     check(file, slots)
     host, port = reached(file, next(iter(slots)), master)
@@ -69,10 +80,13 @@ def run(file: Path, command: Sequence[str], master: str | None, logs: Path) -> i
     runner += ["--num_gpus", "1", "--master_addr", host, "--master_port", str(port), "--quiet"]
     runner += ["--launcher_args", "-N -t 20", "--no_python", "--no_local_rank", "--no_ssh_check"]
     inner = ["env", *without_its_own(), f"{SLOTS}={json.dumps([*slots.values()], separators=(',', ':'))}"]
-    inner += [quoted(word) for word in without_hostfile(command)]
+    word = secrets.token_hex(16)
+    inner += [f"{WORD}={word}", *(quoted(each) for each in command)]
+    env = {**os.environ, "PDSH_SSH_ARGS_APPEND": f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {ALIVE}"}
     with signals() as asked:
         process = subprocess.Popen(
             [*runner, *inner],
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -85,7 +99,7 @@ def run(file: Path, command: Sequence[str], master: str | None, logs: Path) -> i
         for each in copies:
             each.start()
         try:
-            code = wait(process, asked, host, port)
+            code = wait(process, asked, (host, port), word)
             for each in copies:
                 each.join(5)
             return code
@@ -111,9 +125,15 @@ def check(file: Path, slots: Mapping[str, int]) -> None:
         if shutil.which(program) is None:
             do = f"install {program}, or start each machine with --nodes, --node-rank and --master"
             raise UserError(asked, f"there is no {program} here", do)
+    for what, path in (("the folder", os.getcwd()), ("the interpreter", sys.executable)):
+        if not PLAIN.fullmatch(path):
+            found = f"{what} {path!r}, which DeepSpeed's launcher does not hand on whole"
+            do = "have it at a path of letters and digits, or start each machine with --nodes"
+            raise UserError(asked, found, do)
+    end = time.monotonic() + LOGIN
     tries = {
         host: subprocess.Popen(
-            [*SSH, host, "test", "-x", sys.executable, "-a", "-d", quoted(os.getcwd())],
+            [*SSH, host, "test", "-x", sys.executable, "-a", "-d", os.getcwd()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -122,7 +142,11 @@ def check(file: Path, slots: Mapping[str, int]) -> None:
         for host in slots
     }
     for host, each in tries.items():
-        _, error = each.communicate()
+        try:
+            _, error = each.communicate(timeout=max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            each.kill()
+            error = f"no answer within {LOGIN:g} s"
         if each.returncode == 1 and not error.strip():
             found = f"{host} lacks {sys.executable} or the folder {os.getcwd()}"
             raise UserError(asked, found, "have both at the same place on all hosts, as on a shared disk")
@@ -155,28 +179,20 @@ def without_its_own() -> list[str]:
     return [word for name in names for word in ("-u", name)]
 
 
-def without_hostfile(command: Sequence[str]) -> list[str]:
-    """The command line without --hostfile and --master."""
-    left, words = [], iter(command)
-    for word in words:
-        if word in ("--hostfile", "--master"):
-            next(words)
-        elif not word.startswith(("--hostfile=", "--master=")):
-            left.append(word)
-    return left
-
-
 def quoted(word: str) -> str:
     """A word as the remote shell reads it; DeepSpeed puts double quotes around one with a space."""
-    if re.fullmatch(r"[\w@%+=:,./-]+", word):
+    if PLAIN.fullmatch(word):
         return word
     escaped = re.sub(r"([\\$`])", r"\\\1", word)
     # With a space DeepSpeed itself escapes the quotes and puts some around.
     return escaped if " " in word else '"' + escaped.replace('"', '\\"') + '"'
 
 
-def wait(process: subprocess.Popen[bytes], asked: Asked, host: str, port: int) -> int:
-    """Wait for DeepSpeed's launcher, and pass on the signals that come; the exit code."""
+def wait(process: subprocess.Popen[bytes], asked: Asked, node_0: tuple[str, int], word: str) -> int:
+    """Wait for DeepSpeed's launcher, and pass on the signals that come; the exit code.
+
+    node_0: where its supervisor listens. word: what it knows us by.
+    """
     line: Line | None = None
     sent, due, kill_at = 0, 0.0, float("inf")
     while process.poll() is None:
@@ -184,19 +200,17 @@ def wait(process: subprocess.Popen[bytes], asked: Asked, host: str, port: int) -
         if line is None and now >= due:
             due = now + 1
             with contextlib.suppress(OSError):
-                line = Line(socket.create_connection((host, port), timeout=2))
-                line.send(parent=True)
+                line = Line(socket.create_connection(node_0, timeout=2))
+                line.send(parent=word)
         elif line is not None:
             line.take()
             if line.closed:
                 line.close()
                 line = None
-        noted: list[int] = [signal.SIGUSR1] * asked.warnings
-        noted += [number for number in (asked.first, asked.again) if number is not None]
-        if line is not None and len(noted) > sent:
-            for number in noted[sent:]:
+        if line is not None:
+            for number in asked.noted[sent:]:
+                sent += 1
                 line.send(signal=int(number))
-            sent = len(noted)
         if asked.again or (asked.first and line is None):
             kill_at = min(kill_at, now + LEAVE)
         elif asked.first:

@@ -21,7 +21,7 @@ def address(master: str) -> tuple[str, int]:
     if not colon or master.endswith("]") or (":" in host and not host.startswith("[")):
         host, port = master, str(PORT)
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--master {master}", "that is no HOST[:PORT]", "such as --master node1:29500")
     return host, int(port)
 
@@ -37,9 +37,9 @@ def resolved(host: str, port: int) -> list[str]:
 
 
 def toward(host: str) -> str | None:
-    """The name of the interface that reaches a host, by the system's routes; nothing is sent.
+    """This machine's address on the way to a host, by the system's routes; nothing is sent.
 
-    On the host itself it is the one that has its address. None where there is no route, or only loopback.
+    None where there is no route, or only loopback.
     """
     for address in resolved(host, 9):
         try:
@@ -51,9 +51,8 @@ def toward(host: str) -> str | None:
                 own = str(probe.getsockname()[0])
         except OSError:
             continue
-        for name, addresses in psutil.net_if_addrs().items():
-            if own in [each.address.split("%")[0] for each in addresses] and not loopback(own):
-                return name
+        if not loopback(own):
+            return own
     return None
 
 
@@ -61,8 +60,14 @@ def loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
-def variables(env: Mapping[str, str], host: str) -> dict[str, str]:
-    """What `env` lacks so that gloo, NCCL and HCCL take that interface; what the user has set stays."""
-    wanted = [name for name in FORMS if name not in env]
-    found = toward(host) if wanted else None
-    return {name: FORMS[name].format(found) for name in wanted} if found else {}
+def variables(env: Mapping[str, str], own: str | None) -> dict[str, str]:
+    """What `env` lacks so that gloo, NCCL and HCCL take the interface with this machine's address `own`.
+
+    What the user has set stays. Nothing for loopback, which reaches no other machine.
+    """
+    if own is None or loopback(own):
+        return {}
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in [each.address.split("%")[0] for each in addresses]:
+            return {key: form.format(name) for key, form in FORMS.items() if key not in env}
+    return {}

@@ -4,19 +4,24 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sfumato.errors import UserError
 from sfumato.launch.interface import resolved
-from sfumato.launch.line import Line
-from sfumato.launch.nodes import At, Nodes
+from sfumato.launch.line import LONGEST, Line
+from sfumato.launch.nodes import At, Nodes, accepted, said_by_parent
 
 LOOK = 0.05  # seconds between two looks
 SAY = 10.0  # seconds after which it is said for whom one waits
 ANSWER = 30.0  # seconds that a node waits longer than node 0, which tells it who is missing
+BACKLOG = 1024  # nodes that come at one instant
+HELLO = {"node": int, "nodes": int, "ranks": int, "host": str, "facts": dict}
+"""What a node says first. Who says anything else is a stranger, and goes unheard."""
 
 Interrupted = Callable[[], bool]
+Came = dict[int, tuple[Line, Mapping[str, Any]]]
+"""By node: the connection to it, and what it said first."""
 
 
 def meet(at: At, ranks: int, facts: Mapping[str, str], port: int, interrupted: Interrupted) -> Nodes | None:
@@ -38,9 +43,11 @@ def listen(at: At) -> socket.socket:
     """The socket at which node 0 waits for the others."""
     try:
         if socket.has_dualstack_ipv6():
-            server = socket.create_server(("", at.port), family=socket.AF_INET6, dualstack_ipv6=True)
+            server = socket.create_server(
+                ("", at.port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
+            )
         else:
-            server = socket.create_server(("", at.port))
+            server = socket.create_server(("", at.port), backlog=BACKLOG)
     except OSError as error:
         raise UserError(
             f"port {at.port} of this machine, node 0, for the other nodes",
@@ -51,38 +58,22 @@ def listen(at: At) -> socket.socket:
     return server
 
 
-@contextlib.contextmanager
-def closing_on_error(*things: Any) -> Iterator[None]:
-    """Close all of it if this raises."""
-    try:
-        yield
-    except BaseException:
-        for thing in things:
-            thing.close()
-        raise
-
-
 def gather(at: At, hello: Mapping[str, Any], port: int, interrupted: Interrupted) -> Nodes | None:
     """On node 0: wait for the others."""
-    server = listen(at)
-    came: dict[int, tuple[Line, Mapping[str, Any]]] = {}
-    new: list[Line] = []
-    parents: list[Line] = []
+    came: Came = {}
+    visitors: list[Line] = []
     begun, said = time.monotonic(), False
-    with closing_on_error(server):
+    with contextlib.ExitStack() as held:
+        server = held.enter_context(listen(at))
         while len(came) < at.count - 1:
-            with contextlib.suppress(OSError):
-                new.append(Line(server.accept()[0]))
-            for line in [line for line in new if greet(line, at, hello, came, parents) or line.closed]:
-                new.remove(line)
+            visitors += accepted(server)
+            if interrupted() or greet(visitors, at, hello, came):
+                for line, _ in came.values():
+                    line.send(stop=True)
+                return None
             came = {number: each for number, each in came.items() if not gone(each[0])}
             missing = [number for number in range(1, at.count) if number not in came]
             waited = time.monotonic() - begun
-            if interrupted() or any(line.take() or line.closed for line in parents):
-                for line, _ in came.values():
-                    line.send(stop=True)
-                server.close()
-                return None
             if waited > SAY and not said:
                 said = True
                 print(f"node 0 waits at port {at.port} for {named(missing)}", file=sys.stderr, flush=True)
@@ -98,8 +89,9 @@ def gather(at: At, hello: Mapping[str, Any], port: int, interrupted: Interrupted
         hosts, shares = [each["host"] for each in every], [each["ranks"] for each in every]
         for line, _ in came.values():
             line.send(hosts=hosts, shares=shares, port=port)
+        held.pop_all()
     lines = {number: line for number, (line, _) in came.items()}
-    return Nodes(at, hosts, shares, port, lines, server, [*parents, *new])
+    return Nodes(at, hosts, shares, port, lines, server, visitors)
 
 
 def named(numbers: list[int]) -> str:
@@ -114,46 +106,52 @@ def gone(line: Line) -> bool:
     return line.closed
 
 
-def refuse(came: Mapping[int, tuple[Line, Mapping[str, Any]]], parts: tuple[str, str, str]) -> None:
+def refuse(came: Came, parts: tuple[str, str, str]) -> None:
     """Tell the nodes that have come why it does not begin, and raise the same here."""
     for line, _ in came.values():
         line.send(refused=parts)
     raise UserError(*parts)
 
 
-def greet(
-    line: Line,
-    at: At,
-    hello: Mapping[str, Any],
-    came: dict[int, tuple[Line, Mapping[str, Any]]],
-    parents: list[Line],
-) -> bool:
-    """Hear who somebody is, and receive him if he fits; False as long as he has said nothing."""
-    for message in line.take():
-        if "parent" in message:
-            line.parent = True
-            parents.append(line)
-        elif isinstance(message.get("node"), int):
-            number, host = message["node"], message.get("host")
-            parts = None
-            if message.get("nodes") != at.count or not 0 < number < at.count:
-                found = f"it says it is node {number} of {message.get('nodes')}"
-                parts = (f"{host} as one of {at.count} nodes", found, "say the same --nodes everywhere")
-            elif number in came:
-                found = f"{came[number][1]['host']} has come as that"
-                parts = (f"{host} as node {number}", found, "give each machine a --node-rank of its own")
-            if parts:
-                line.send(refused=parts)
-                refuse(came, parts)
-            came[number] = (line, message)
-            for name, mine in hello["facts"].items():
-                theirs = message.get("facts", {}).get(name)
-                if theirs != mine:
-                    found = f"{name}: {mine} on {hello['host']} (node 0), {theirs} on {host} (node {number})"
-                    do = "start the same command with the same files and packages on all nodes"
-                    refuse(came, ("one run on several nodes", found, do))
-        return True
-    return False
+def greet(visitors: list[Line], at: At, hello: Mapping[str, Any], came: Came) -> bool:
+    """Hear who visitors are; nodes become some of `came`. Whether a parent wants an end, or has gone."""
+    ends = False
+    for line in list(visitors):
+        for message in line.take():
+            ends |= bool(said_by_parent(line, message, at.word))
+            if all(isinstance(message.get(name), kind) for name, kind in HELLO.items()):
+                visitors.remove(line)
+                receive(line, message, at, hello, came)
+                break
+        else:
+            if line.closed:
+                visitors.remove(line)
+                line.close()
+                ends |= line.parent
+    return ends
+
+
+def receive(line: Line, message: Mapping[str, Any], at: At, hello: Mapping[str, Any], came: Came) -> None:
+    """A node has come. Raises UserError, on all that have, if it does not fit."""
+    number, host = message["node"], message["host"]
+    parts = None
+    if message["nodes"] != at.count or not 0 < number < at.count or message["ranks"] < 1:
+        found = f"it says it is node {number} of {message['nodes']}"
+        parts = (f"{host} as one of {at.count} nodes", found, "say the same --nodes everywhere")
+    elif number in came:
+        found = f"{came[number][1]['host']} has come as that"
+        parts = (f"{host} as node {number}", found, "give each machine a --node-rank of its own")
+    if parts:
+        line.send(refused=parts)
+        refuse(came, parts)
+    line.longest = LONGEST
+    came[number] = (line, message)
+    for name, mine in hello["facts"].items():
+        theirs = message["facts"].get(name)
+        if theirs != mine:
+            found = f"{name}: {mine} on {hello['host']} (node 0), {theirs} on {host} (node {number})"
+            do = "start the same command with the same files and packages on all nodes"
+            refuse(came, ("one run on several nodes", found, do))
 
 
 def join(at: At, hello: Mapping[str, Any], interrupted: Interrupted) -> Nodes | None:
@@ -176,6 +174,7 @@ def join(at: At, hello: Mapping[str, Any], interrupted: Interrupted) -> Nodes | 
         if line is None:
             try:
                 line = Line(socket.create_connection((at.host, at.port), timeout=5))
+                line.longest = LONGEST
                 line.send(**hello)
                 why = "it does not say that all have come"
             except OSError as error:

@@ -14,22 +14,27 @@ import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
+from sfumato.launch.interface import loopback
 from sfumato.launch.line import Line
 from sfumato.launch.pulse import Beat
+from sfumato.launch.verdict import Ending
 
 EVERY = 1.0  # seconds between two signs of life
 MISSED = 5.0  # seconds without one, after which a node is to blame where ranks hang
 FAREWELL = 3.0  # seconds in which the verdict has to reach the others
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What a parent may pass on."""
 
 
 @dataclass(frozen=True)
 class At:
     """Which of `count` machines this is, and where node 0 listens.
 
-    limit: seconds until all have come, and of silence after which one is lost.
+    limit: seconds until all have come, and of silence after which one is lost. word: what a parent says to be
+    known as one; "" where there is none.
     """
 
     number: int
@@ -37,6 +42,7 @@ class At:
     host: str
     port: int
     limit: float = 600.0
+    word: str = ""
 
 
 @dataclass
@@ -51,7 +57,8 @@ class Nodes:
     """Where the ranks meet, on node 0."""
     lines: dict[int, Line]
     server: socket.socket | None = None
-    parents: list[Line] = field(default_factory=list)
+    visitors: list[Line] = field(default_factory=list)
+    """Who has come to node 0 and is no node: a parent, strangers."""
     beats: dict[int, Beat] = field(default_factory=dict)
     stop: int | None = None
     """The signal by which another node was asked to stop; 0 if its ranks stop by themselves."""
@@ -61,6 +68,8 @@ class Nodes:
     stacks_wanted: bool = False
     stacks: dict[int, dict[str, Any]] = field(default_factory=dict)
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)
+    endings: list[Ending] = field(default_factory=list)
+    """How the ranks of those nodes ended, by this machine's clock."""
     verdict: tuple[int, str | None] | None = None
     lost: dict[int, str] = field(default_factory=dict)
     """By node: why it is believed to be gone."""
@@ -84,6 +93,22 @@ class Nodes:
         first = sum(self.shares[:node])
         return range(first, first + self.shares[node])
 
+    def own(self) -> str | None:
+        """This machine's address by which it and the others talk; None where that is loopback.
+
+        What node 0's name means may differ: on node 0 itself it is often 127.0.1.1.
+        """
+        for line in self.lines.values():
+            address = str(line.socket.getsockname()[0]).removeprefix("::ffff:")
+            if not loopback(address):
+                return address
+        return None
+
+    def unheard(self) -> dict[int, Beat]:
+        """The last beats of the ranks of nodes that have neither ended nor told their ranks' stacks."""
+        nodes = [node for node in self.lines if node not in self.stacks and node not in self.ends]
+        return {rank: self.beats[rank] for node in nodes for rank in self.ranks(node) if rank in self.beats}
+
     def tell(self, what: str, **message: Any) -> None:
         """Say something to all others, once."""
         if what not in self.told:
@@ -96,7 +121,7 @@ class Nodes:
         now = time.monotonic()
         if now >= self.next:
             self.next = now + EVERY
-            said = {rank: [beat.limit, beat.count, beat.step, beat.doing] for rank, beat in beats.items()}
+            said = {rank: astuple(beat) for rank, beat in beats.items()}
             for line in self.lines.values():
                 line.send(beats=said)
         for node, line in self.lines.items():
@@ -113,8 +138,7 @@ class Nodes:
 
     def mute(self, line: Line) -> str:
         """What is said of a node that gives no sign of life."""
-        seconds = min(line.silent, 10 * self.at.limit)
-        return f"gave no sign of life for {seconds:.0f} s: it is down, or the network to it is cut"
+        return f"gave no sign of life for {line.silent:.0f} s: it is down, or the network to it is cut"
 
     def blame(self) -> bool:
         """Where ranks hang: count those nodes as lost that give no sign of life; whether there are any."""
@@ -146,24 +170,24 @@ class Nodes:
         self.hangs |= "hangs" in message
         if "end" in message:
             self.ends[node] = message["end"]
+            for each in message["end"]["endings"]:
+                when = time.time() - each.pop("ago")  # by the other's clock it may be any time
+                self.endings.append(Ending(**each, when=when))
         if "verdict" in message:
             self.verdict = message["verdict"][0], message["verdict"][1]
 
     def _visitors(self) -> None:
         """On node 0: a parent that comes late or goes, and strangers."""
         assert self.server is not None, "nobody can come"
-        with contextlib.suppress(OSError):
-            self.parents.append(Line(self.server.accept()[0]))
-        for line in list(self.parents):
+        self.visitors += accepted(self.server)
+        for line in list(self.visitors):
             for message in line.take():
-                line.parent |= "parent" in message
-                if "signal" in message:
-                    self.signals.append(message["signal"])
+                self.signals += said_by_parent(line, message, self.at.word)
                 if "node" in message:
                     line.send(refused=["to join as a node", "all nodes have come", "wait for that run's end"])
                     line.closed = True
             if line.closed:
-                self.parents.remove(line)
+                self.visitors.remove(line)
                 line.close()
                 self.signals += [signal.SIGTERM] if line.parent else []
 
@@ -196,7 +220,23 @@ class Nodes:
 
     def close(self) -> None:
         """Hang up on everybody."""
-        for line in [*self.lines.values(), *self.parents]:
+        for line in [*self.lines.values(), *self.visitors]:
             line.close()
         if self.server is not None:
             self.server.close()
+
+
+def accepted(server: socket.socket) -> list[Line]:
+    """Connections to all who have come since."""
+    lines = []
+    with contextlib.suppress(OSError):
+        while True:
+            lines.append(Line(server.accept()[0]))
+    return lines
+
+
+def said_by_parent(line: Line, message: Mapping[str, Any], word: str) -> list[int]:
+    """The signal that a message passes on, if who sends it has said the word by which a parent is known."""
+    line.parent |= bool(word) and message.get("parent") == word
+    number = message.get("signal")
+    return [number] if line.parent and number in SIGNALS else []

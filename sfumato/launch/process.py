@@ -16,6 +16,7 @@ from typing import BinaryIO, TextIO
 
 import psutil
 
+from sfumato.errors import UserError
 from sfumato.launch.asked import PATIENCE
 from sfumato.launch.inside import ERROR_FILE, LIFELINE, LOG_FILE, PULSE_FILE, STACK_FILE
 from sfumato.launch.pulse import Pulse, Stillness
@@ -60,7 +61,11 @@ def start(
     files = {ERROR_FILE: scratch / f"error-{number}.json", STACK_FILE: scratch / f"stack-{number}"}
     files |= {PULSE_FILE: scratch / f"pulse-{number}", LOG_FILE: log}
     pulse = Pulse.make(files[PULSE_FILE])
-    file = log.open("ab", buffering=0)
+    try:
+        file = log.open("ab", buffering=0)
+    except OSError as error:
+        found = f"it cannot be written: {error.strerror}"
+        raise UserError(f"the log {log}", found, "make it yours, or set another `output`") from None
     outputs = [(-1, file.fileno())] * 2 if number else [channel(sys.stdout), channel(sys.stderr)]
     process = subprocess.Popen(
         command,
@@ -171,7 +176,11 @@ def guarded() -> Iterator[Callable[[Rank], None]]:
     finally:
         tell("done")
         guard.stdin.close()
-        guard.wait()
+        try:
+            guard.wait(5)
+        except subprocess.TimeoutExpired:  # such as one that was stopped
+            guard.kill()
+            guard.wait()
 
 
 @contextlib.contextmanager

@@ -124,12 +124,14 @@ def hang(
     """
     guilty = guilty or behind(beats, stacks)
     lines = []
-    for rank in guilty:
+    most = 8
+    for rank in guilty[:most]:
         found = (notes or {}).get(rank) or (where(stacks[rank]) if rank in stacks else "it does not answer")
         lines.append(f"rank {rank} of {world or len(beats)} hangs {beats[rank]}: {found}")
+    if len(guilty) > most:
+        lines.append(f"{len(guilty) - most} more ranks hang like them")
     others = [f"rank {rank} {beat}" for rank, beat in sorted(beats.items()) if rank not in guilty]
     if others:
-        most = 8
         more = f" and {len(others) - most} more" if len(others) > most else ""
         lines.append(f"others wait: {'; '.join(others[:most])}{more}")
     lines.append(

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 from sfumato.errors import CONTINUE
@@ -116,8 +116,10 @@ class Supervisor:
         if others.lost and not self.stopping:
             # Ranks whose supervisor was killed save if they can; that takes all of them.
             self._stop()
+            others.tell("stop", stop=0)
         if any("no sign" in why for why in others.lost.values()):
             self.kill_at = min(self.kill_at, now + SETTLE)
+            others.tell("failed", failed=True)
         if others.verdict is not None:
             self.kill_at = now
 
@@ -150,13 +152,13 @@ class Supervisor:
             mine = {
                 "found": found,
                 "notes": notes,
-                "beats": {rank: plain(each) for rank, each in beats.items()},
+                "beats": {rank: astuple(each) for rank, each in beats.items()},
             }
             others.tell("mine", stacks=mine)
         end = time.monotonic() + ANSWER + MISSED
         while time.monotonic() < end and others.verdict is None and not others.lost:
             others.poll(self.beats())
-            if others.hub and len(others.stacks) == len(others.lines):
+            if others.hub and set(others.lines) <= {*others.stacks, *others.ends}:
                 break
             time.sleep(POLL)
         if not others.hub:
@@ -167,33 +169,38 @@ class Supervisor:
             beats |= {int(rank): Beat(*beat) for rank, beat in said["beats"].items()}
         if others.lost:
             return waiting(self.beats())
-        beats = {**others.beats, **beats}
+        beats = {**others.unheard(), **beats}
         text = hang(beats, found, limit_of(beats), notes, world=self.world)
         return f"{text}\nthe stacks of all {self.world} ranks are in their logs, {self.known[0].log.parent}"
 
     def _end(self) -> tuple[int, str | None]:
-        stop = self.asked.first or (signal.SIGUSR1 if self.asked.warnings else None)
-        return verdict(self.endings, self.world, stop, self.asked.again, self.hung, None, PATIENCE)[:2]
+        stop, again = self._asked_by(), self.asked.again
+        return verdict(self.endings, self.world, stop, again, self.hung, None, PATIENCE)[:2]
+
+    def _asked_by(self) -> int | None:
+        """The signal that asked this machine's ranks to stop."""
+        return self.asked.first or (signal.SIGUSR1 if self.asked.warnings else None)
 
     def _end_together(self, others: Nodes) -> tuple[int, str | None]:
         """Wait for the other machines' ends; the same exit code on all of them."""
-        stop = self.asked.first or (signal.SIGUSR1 if self.asked.warnings else None)
         if not others.hub:
             host = others.hosts[others.at.number]
             mine = [replaced(each, host) for each in self.endings]
-            others.tell("end", end={"endings": mine, "stop": stop, "hung": self.hung})
-        while not self.asked.again:
+            others.tell("end", end={"endings": mine, "stop": self._asked_by(), "hung": self.hung})
+        while True:
             self._hear(others)
+            self._pass_on()
+            if self.asked.again:
+                break
             if others.verdict is not None:
                 return others.verdict
             if others.lost and not others.hub or set(others.lines) <= {*others.ends, *others.lost}:
                 break
             time.sleep(POLL)
+        stop = self._asked_by() or others.stop or None
         for end in others.ends.values():
             stop, self.hung = stop or end["stop"], self.hung or end["hung"]
-            for each in end["endings"]:
-                when = time.time() - each.pop("ago")
-                self.endings.append(Ending(**each, when=when))
+        self.endings += others.endings
         again = self.asked.again
         code, text, cause = verdict(
             self.endings, self.world, stop, again, self.hung, others.describe(), PATIENCE
@@ -210,10 +217,6 @@ def short(code: int, text: str | None, cause: Ending | None, world: int) -> str 
     if code == 2:
         return f"rank {cause.number} of {world} met a mistake of the user's, which node 0 tells"
     return f"{placed(cause, world)}; node 0 tells the rest"
-
-
-def plain(beat: Beat) -> list[Any]:
-    return [beat.limit, beat.count, beat.step, beat.doing]
 
 
 def replaced(each: Ending, host: str) -> dict[str, Any]:

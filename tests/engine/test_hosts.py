@@ -15,12 +15,15 @@ import psutil
 import pytest
 
 from tests.engine import runs
-from tests.engine.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.213.97.1", "10.213.97.2")
 TIMEOUT = 20  # engine.timeout, seconds: a busy machine's steps must stay below
-STEPS = 14
+STEPS = 7
+# On node 0 its own name is a loopback address, as Debian's installer writes it.
+NAMES = ("127.0.1.1 node0", f"{ADDRESSES[0]} node0")
+ETC = Path("/etc/netns")
+"""What `ip netns exec` lays over /etc."""
 
 
 def ip(*words: str) -> None:
@@ -35,8 +38,10 @@ def hosts() -> Iterator[tuple[str, str]]:
     names = (f"sfumato-{os.getpid()}-0", f"sfumato-{os.getpid()}-1")
     try:
         try:
-            for name in names:
+            for name, line in zip(names, NAMES, strict=True):
                 ip("netns", "add", name)
+                (ETC / name).mkdir(parents=True)
+                (ETC / name / "hosts").write_text(f"127.0.0.1 localhost\n{line}\n")
             ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "cable", "netns", names[1])
             for name, address in zip(names, ADDRESSES, strict=True):
                 ip("-n", name, "address", "add", f"{address}/30", "dev", "cable")
@@ -50,6 +55,9 @@ def hosts() -> Iterator[tuple[str, str]]:
             for process in inside(name):
                 process.kill()
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            shutil.rmtree(ETC / name, ignore_errors=True)
+        with suppress(OSError):
+            ETC.rmdir()
 
 
 def inside(name: str) -> list[psutil.Process]:
@@ -94,17 +102,14 @@ def steps(run: Path) -> list[int]:
 
 def test_a_run_over_two_hosts_survives_a_cut_cable(hosts: tuple[str, str], tmp_path: Path) -> None:
     runs.write_place(tmp_path, "sd")
-    values = runs.settings(
-        tmp_path, steps=STEPS, checkpoint__every=3, engine__timeout=TIMEOUT, log__samples=True
-    )
-    run_ranks(runs.train_here, 2, values | {"name": "one"})
-    run = tmp_path / "runs" / "two"
+    values = runs.settings(tmp_path, steps=STEPS, checkpoint__every=1, engine__timeout=TIMEOUT)
+    run = tmp_path / "runs" / "run"
 
-    words = ["train", str(tmp_path / "two.toml"), "--gpus", "1", "--nodes", "2", "--master", ADDRESSES[0]]
-    write_toml(tmp_path / "two.toml", values | {"name": "two"})
+    words = ["train", str(tmp_path / "run.toml"), "--gpus", "1", "--nodes", "2", "--master", "node0"]
+    write_toml(tmp_path / "run.toml", values)
     first = [start(name, *words, "--node-rank", str(number)) for number, name in enumerate(hosts)]
     end = time.monotonic() + 240
-    while len(steps(run)) < 4:
+    while len(steps(run)) < 3:
         assert time.monotonic() < end and first[0].poll() is None, [process.poll() for process in first]
         time.sleep(0.05)
     ip("-n", hosts[0], "link", "set", "cable", "down")
@@ -123,8 +128,6 @@ def test_a_run_over_two_hosts_survives_a_cut_cable(hosts: tuple[str, str], tmp_p
     again = [start(name, *words, "--node-rank", str(number)) for number, name in enumerate(hosts)]
     assert [code for code, _ in ends(again, 240)] == [0, 0]
     assert steps(run) == [*range(1, STEPS + 1)]
-    losses = [[line["loss"] for line in runs.metrics(tmp_path / "runs" / name)] for name in ("one", "two")]
-    assert losses[0] == losses[1]
     assert "goes on from step-" in (run / "logs" / "rank-0.log").read_text()
     assert (run / "logs" / "rank-1.log").exists()
 

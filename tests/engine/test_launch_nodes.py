@@ -1,4 +1,7 @@
-"""Several supervisors on one machine, as on several: they meet, end together and say the same."""
+"""Several supervisors on one machine, as on several: they end together and say the same.
+
+How they meet is in tests/unit/test_meet.py.
+"""
 
 import os
 import signal
@@ -69,8 +72,8 @@ def test_two_nodes_are_one_world(tmp_path: Path) -> None:
 
 
 def test_the_cause_is_told_once_and_its_code_is_everybodys(tmp_path: Path) -> None:
-    """Rank 1, on node 1, breaks; rank 0's error in the barrier is an echo."""
-    (code, _, whole), (other, _, brief) = ends(pair("defect", tmp_path))
+    """Rank 1, on node 1, breaks; rank 0's error, that the other has hung up, is an echo."""
+    (code, _, whole), (other, _, brief) = ends(pair("breaks", tmp_path))
     assert (code, other) == (1, 1)
     assert whole.count("Traceback") == 1 and whole.count("the wheel came off") == 2
     name = socket.gethostname()
@@ -123,43 +126,6 @@ def test_a_machine_that_sleeps_is_lost(tmp_path: Path) -> None:
     assert "rank 1 of 2 is lost: node 1 (" in error and "gave no sign of life for 4 s" in error
     processes[1].send_signal(signal.SIGCONT)
     assert ends(processes[1:])[0][0] == processes[0].returncode
-
-
-def test_a_node_that_never_comes(tmp_path: Path) -> None:
-    port = free_port()
-    came = [begin("fine", tmp_path, number, port, nodes=3, limit=5) for number in (0, 2)]
-    (code, _, error), other = ends(came)
-    assert code == 2
-    assert error.startswith("asked: 3 nodes\nfound: node 1 of 3 did not come within 5 s; 2 ranks did\n"), (
-        error
-    )
-    assert other == (2, "", error), "the other one that came is told the same"
-
-
-def test_a_node_0_that_never_comes(tmp_path: Path) -> None:
-    port = free_port()
-    ((code, _, error),) = ends([begin("fine", tmp_path, 1, port, limit=2)])
-    assert code == 2
-    assert f"asked: node 0 at 127.0.0.1:{port}\nfound: after 2 s Connection refused" in error
-
-
-def test_what_does_not_fit_is_refused_on_both(tmp_path: Path) -> None:
-    port = free_port()
-    told = ends([begin("fine", tmp_path, 0, port), begin("sleep", tmp_path, 1, port)])
-    assert [code for code, *_ in told] == [2, 2] and told[0][2] == told[1][2]
-    assert "the case: fine on " in told[0][2] and "sleep on " in told[0][2]
-
-
-def test_a_taken_port_and_a_number_taken_twice(tmp_path: Path) -> None:
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        ((code, _, error),) = ends([begin("fine", tmp_path, 0, port)])
-    assert code == 2 and f"asked: port {port} of this machine, node 0" in error
-    assert "found: Address already in use" in error
-    port = free_port()
-    told = ends([begin("fine", tmp_path, number, port, nodes=3) for number in (0, 1, 1)])
-    assert [code for code, *_ in told] == [2, 2, 2]
-    assert "as node 1\nfound: " in told[0][2]
 
 
 def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:

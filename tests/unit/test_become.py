@@ -9,7 +9,7 @@ import pytest
 
 from sfumato.errors import UserError
 from sfumato.grammar import parse
-from sfumato.launch import hosts, interface
+from sfumato.launch import alone, hosts, interface
 from sfumato.launch.become import same, where, world
 from sfumato.launch.interface import address
 from sfumato.launch.nodes import At
@@ -160,3 +160,13 @@ def test_an_interface_is_found_and_the_users_stays() -> None:
 def test_what_must_be_the_same() -> None:
     facts = same(None)
     assert facts["torch"] and set(facts) == {"sfumato", "torch", "deepspeed", "diffusers", "transformers"}
+
+
+def test_a_rank_that_comes_late_does_not_undo_what_another_has_told(tmp_path: Path) -> None:
+    mark = tmp_path / alone.TOLD
+    assert alone.claim(mark)
+    alone.remove_old(mark)
+    assert not alone.claim(mark), "both would tell"
+    os.utime(mark, (1, 1))  # of an earlier start
+    alone.remove_old(mark)
+    assert alone.claim(mark)

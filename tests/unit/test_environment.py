@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from sfumato import config, run, variables
+from sfumato import config, run
 from sfumato.config import parse
+from sfumato.config.environment import LOGIN
 from sfumato.errors import UserError
 from sfumato.report import public
 from sfumato.variables import groups, known, page, recorded
@@ -120,7 +121,7 @@ def check_no_secret(kept: dict[str, str]) -> None:
 def test_a_record_without_an_allow_list_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"HF_TOKEN": "hf_secret", "NCCL_DEBUG": "INFO"}
     check_no_secret(recorded(env, env))
-    monkeypatch.setattr(variables, "SECRET", variables.LOGIN)  # finds no secret by its name
+    monkeypatch.setattr("sfumato.config.environment.SECRET", LOGIN)  # finds no secret by its name
     with pytest.raises(AssertionError):
         check_no_secret(recorded(env, env))
 

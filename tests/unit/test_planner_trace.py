@@ -115,7 +115,7 @@ def test_a_model_of_middle_size(mid: Path, checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"engine__gradient_checkpointing": True}, {"data__cache": "none"}])
 def test_the_peak_is_what_the_allocator_gives(changes: dict[str, Any]) -> None:
-    settings = twin("sd", **changes)
+    settings = twin("sd", data__conditioning_column=None, **changes)
     cost = planned(settings, LARGE)
     check(cost.step_peak(2), peak(Step(settings, CPU), LARGE, 2), 0.1)
 
