@@ -50,12 +50,12 @@ def entrants(place: Path, size: int, batch: int, steps: int, script: Path | None
     model, pictures = place / "model", place / "pictures"
     python, told = sys.executable, place / "bare" / "metrics.jsonl"
     bare = [python, "-m", "sfumato.bench.bare", str(model), str(pictures), str(steps), str(batch), str(size)]
-    sides = [Entrant("bare loop, all in memory", [*bare, str(told)], told.parent, steps, told)]
+    sides = [Entrant("bare loop", [*bare, str(told)], told.parent, steps, told)]
     for cache in ("both", "none"):
         name = f"ours-{cache}"
         config = write_config(place, name, size, batch, cache)
         command = [python, "-m", "sfumato", "train", str(config), f"steps={steps}"]
-        what = "sfumato train, live" if cache == "none" else "sfumato train, cached"
+        what = "ours, live" if cache == "none" else "ours, cached"
         folder = place / "runs" / name
         sides.append(Entrant(what, command, folder, steps, folder / "metrics.jsonl"))
     if script is not None:

@@ -156,20 +156,28 @@ def spread(values: Sequence[float]) -> list[float]:
 def table(found: dict[str, Any]) -> Table:
     """The figures, a line for each side."""
     title = f"{found['model']}: {found['parameters'] / 1e6:.1f} M parameters, batch {found['batch']}, fp32"
-    shown = Table(title=title, title_justify="left")
-    for heading in ("", "first step s", "step ms", "of the bare loop's", "cpu ms", "samples/s", "MB", "loss"):
-        shown.add_column(heading, justify="left" if not heading else "right")
+    shown = Table(title=title, title_justify="left", box=None)
+    shown.add_column("", no_wrap=True)
+    for heading in (
+        "first\nstep s",
+        "step\nms",
+        "x bare\nloop",
+        "lowest\nhighest",
+        "cpu\nms",
+        "\nMB",
+        "\nloss",
+    ):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for side in found["sides"]:
         low, middle, high = found["ratios"][side["name"]]
-        step = median(side["step"])
         shown.add_row(
             side["name"],
             f"{median(side['start']):.1f}",
-            f"{step * 1e3:.1f}",
-            f"{middle:.3f} ({low:.3f} to {high:.3f})",
-            f"{median(side['cpu']) * 1e3:.1f}",
-            f"{found['batch'] / step:.2f}",
+            f"{median(side['step']) * 1e3:.1f}",
+            f"{middle:.3f}",
+            f"{low:.2f} {high:.2f}",
+            f"{median(side['cpu']) * 1e3:.0f}",
             f"{max(side['memory']) / 1e6:.0f}",
-            f"{side['losses'][0]:.4f} ± {side['losses'][1]:.4f}",
+            f"{side['losses'][0]:.3f}±{side['losses'][1]:.3f}",
         )
     return shown
