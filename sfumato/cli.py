@@ -138,10 +138,13 @@ def check(arguments: argparse.Namespace) -> int:
     from deepspeed.accelerator import get_accelerator
 
     from sfumato.check import check as examine
-    from sfumato.planner import auto
 
-    settings = auto.here(settings, ranks, min(ranks, arguments.gpus or ranks), print)
-    print(examine(settings, ranks, get_accelerator().device_name()))
+    local = min(ranks, arguments.gpus or ranks)
+    if settings.engine.auto:
+        from sfumato.planner import auto  # which takes seconds to import
+
+        settings = auto.here(settings, ranks, local, print)
+    print(examine(settings, ranks, get_accelerator().device_name(), local=local))
     return 0
 
 
@@ -151,7 +154,8 @@ def plan(arguments: argparse.Namespace) -> int:
     asked = arguments.gpus or 1, arguments.nodes or 1, arguments.memory, arguments.device
     from sfumato.planner import command
 
-    command.plan(settings, *asked, arguments.all, arguments.records, arguments.json)
+    also = arguments.all, arguments.records, arguments.json, arguments.host_memory
+    command.plan(settings, *asked, *also)
     return 0
 
 

@@ -135,6 +135,9 @@ def plan_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     command.add_argument("--gpus", type=positive, metavar="G", help="devices of a machine; default: 1")
     command.add_argument("--nodes", type=positive, metavar="N", help="machines; default: 1")
     command.add_argument("--memory", type=float, metavar="GB", help="of a device; default: as --device has")
+    command.add_argument(
+        "--host-memory", type=float, metavar="GB", help="of a machine, for what is moved there"
+    )
     command.add_argument("--device", metavar="NAME", help="such as H100, A100-40, RTX-4090, 910B")
     command.add_argument("--all", action="store_true", help="every way, in other precisions too")
     command.add_argument("--records", type=positive, metavar="N", help="of the data, to tell the epochs")

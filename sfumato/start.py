@@ -9,6 +9,7 @@ from sfumato import models, prior
 from sfumato.check import Plan, check
 from sfumato.config import Config
 from sfumato.engine import ranks
+from sfumato.engine.offload import host_memory
 from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
 from sfumato.models.family import Family
@@ -31,22 +32,29 @@ def begin(config: Config, planned: bool = False) -> tuple[Ranks, Plan]:
         config = with_class_images(config, place)
     if not place.first:
         place.barrier()
-    plan = check(config, place.world, place.device.type, verify=place.first, tell=print)
+    local = ranks_here(place)
+    plan = check(config, place.world, place.device.type, verify=place.first, tell=print, local=local)
     if place.first:
         place.barrier()
     return place, plan
+
+
+def ranks_here(place: Ranks) -> int:
+    """Ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
 
 
 def with_choice(config: Config, place: Ranks) -> Config:
     """The config with the planner's choice for the smallest device of all; the first rank chooses."""
     from sfumato.planner import auto
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
+    local = ranks_here(place)
     memory, called = min(place.gathered(auto.room(local)))
+    host = min(place.gathered(host_memory()))
     found: list[Any] = [None]
     if place.first:
         try:
-            found = [auto.decide(config, place.world, local, memory, called, print)]
+            found = [auto.decide(config, place.world, local, memory, called, host, print)]
         except UserError as error:
             found = [error]
     dist.broadcast_object_list(found)
@@ -68,7 +76,7 @@ def with_class_images(config: Config, place: Ranks) -> Config:
     """
     found: list[Any] = [None, None]
     if place.first:
-        plan = check(config, place.world, place.device.type, tell=print)
+        plan = check(config, place.world, place.device.type, tell=print, local=ranks_here(place))
         assert plan.pictures is not None, "the plan knows of no class images"
         plan.pictures.note(config.folder)
         found = [plan.pictures, plan.missing]

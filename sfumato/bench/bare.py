@@ -26,9 +26,9 @@ LR = 1e-5
 @torch.no_grad()
 def encoded(model: Path, pictures: Path, size: int) -> tuple[Tensor, Tensor]:
     """What the VAE gives for every picture, (N, 8, size / f, size / f), and the text states, (N, 77, d)."""
-    vae = AutoencoderKL.from_pretrained(model / "vae")
+    vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    reader = CLIPTextModel.from_pretrained(model / "text_encoder")
+    reader = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
     moments, states = [], []
     for line in (pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

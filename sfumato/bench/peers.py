@@ -41,7 +41,7 @@ MODELS = {
     # name: pixels, batch, steps of a round
     "tiny": (64, 8, 60),
     "base": (64, 16, 40),
-    "mid": (128, 4, 25),
+    "mid": (64, 4, 15),
 }
 """What is trained: the family's toy, the demo's base with its real weights, and a wider U-Net."""
 

@@ -2,7 +2,7 @@
 
 A run is one `Config`, frozen. People write it as TOML; `load` reads the file, applies `key=value`
 overrides, and reports every mistake of the file in one message. What depends on more than the file
-(the number of ranks, the weights' folder, the data) is checked in `check.py`.
+(the number of ranks, the weights' folder, the data) is checked in `sfumato.check`.
 """
 
 from sfumato.config.data import Buckets, Data, Layout, Part, Prior, Tags

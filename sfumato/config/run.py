@@ -56,6 +56,8 @@ class Config(Section):
     @field_validator("engine", mode="before")
     @classmethod
     def _auto(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f'engine = "{value}" is neither "auto" nor a table of settings')
         return {"auto": True} if value == "auto" else value
 
     @property

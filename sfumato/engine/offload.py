@@ -4,6 +4,7 @@ DeepSpeed moves fp32 weights and states to the host's memory at stages 1 to 3, a
 torch's own AdamW there, which needs no compiler; so the numbers are those of a run that moves nothing.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.config import Config
@@ -20,8 +21,20 @@ def stepping(config: Config, device: "torch.device") -> "torch.device":
     return device if config.engine.offload_optimizer == "none" else torch.device("cpu")
 
 
-def check(config: Config, world: int) -> None:
-    """Raise UserError for an offload or a sharding over neighbours that cannot be."""
+def host_memory() -> int:
+    """Bytes of this machine's memory, or what the control group allows of it."""
+    import psutil
+
+    found = int(psutil.virtual_memory().total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return found
+    return min(found, int(limit)) if limit.isdigit() else found
+
+
+def check_places(config: Config) -> None:
+    """Raise UserError for a place where nothing can be moved to, at any stage."""
     engine = config.engine
     for name, place in (("optimizer", engine.offload_optimizer), ("parameters", engine.offload_parameters)):
         if place == "nvme":
@@ -31,6 +44,12 @@ def check(config: Config, world: int) -> None:
                 "DeepSpeed's files",
                 f'set engine.offload_{name} = "cpu"',
             )
+
+
+def check(config: Config, world: int) -> None:
+    """Raise UserError for an offload or a sharding over neighbours that cannot be."""
+    engine = config.engine
+    check_places(config)
     if engine.offload_optimizer != "none" and engine.zero_stage == 0:
         raise UserError(
             f'engine.offload_optimizer = "{engine.offload_optimizer}" with engine.zero_stage = 0',

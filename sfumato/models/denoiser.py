@@ -31,6 +31,6 @@ def recomputed(module: Callable[..., Any], *inputs: Any) -> Any:
     """A call whose activations are computed again in the backward pass.
 
     Not re-entrant: the re-entrant kind loses gradients of layers whose input has none, and ZeRO 2 and 3
-    refuse it for a module that is used twice (reference/traps.md, section 0).
+    refuse it for a module that is used twice.
     """
     return checkpoint(module, *inputs, use_reentrant=False)

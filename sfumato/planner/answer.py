@@ -69,7 +69,7 @@ def because(found: Sequence[Row], best: Row) -> str:
 def against(other: Row) -> str:
     """What is wrong with a neighbour."""
     if not other.fits:
-        return f"lacks {readable(round(other.lacks))}"
+        return f"lacks {readable(round(other.lacks or other.short))}"
     rate = other.images.get("usual", 0)
     return f"would give {rate:.1f} images/s, with micro-batches of {other.micro}"
 
@@ -92,12 +92,18 @@ def held(row: Row) -> dict[str, object]:
 def nothing_fits(found: Answer) -> UserError:
     """The error where no way fits: what would be needed, and what saves most."""
     ask = found.ask
-    least = min(found.rows, key=lambda row: row.memory.device, default=None)
+    least = min(found.rows, key=lambda row: (row.lacks, row.short, row.memory.device), default=None)
     asked = f'"{ask.config.name}" on {ask.world} x {ask.memory / 1e9:.4g} GB'
     if least is None:
         return UserError(
             asked, "the settings of [engine] contradict each other", "let more of them be chosen"
         )
+    if not least.lacks:
+        lacks = readable(round(least.short))
+        found_ = (
+            f"what fits on the devices ({least.way.words}) takes {lacks} more than there is of the machine's"
+        )
+        return UserError(asked, f"{found_} memory", "take machines with more memory, or more of them")
     needed = next(size for size in count(1) if size * 1e9 - reserve(size * 1e9) >= least.memory.device)
     lacks = readable(round(least.lacks))
     found_ = f"even what takes least ({least.way.words}, micro-batch {least.micro}) lacks {lacks}"

@@ -5,6 +5,7 @@ the classes. The tokenizers are CLIP's, whose vocabulary we ship.
 """
 
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,14 @@ def facts_of(model: config.Model) -> Facts:
 
 def published_words(family: Any) -> dict[str, Any]:
     """CLIP's tokenizer for each text encoder of a family whose folder holds none."""
+    return dict.fromkeys(family.text_classes, clip_words())
+
+
+@lru_cache(1)
+def clip_words() -> Any:
+    """CLIP's tokenizer, which takes a second to read; nobody changes it."""
     from sfumato.models.loading import tokenizer
     from sfumato.models.vocabulary import write_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="sfumato-words-") as place:
-        words = tokenizer(write_tokenizer(place))
-    return {part: words for part in family.text_classes}
+        return tokenizer(write_tokenizer(place))

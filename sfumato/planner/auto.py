@@ -5,6 +5,7 @@ from typing import Any
 
 from sfumato.config import Config
 from sfumato.device import accelerator, kind, name_of
+from sfumato.engine.offload import host_memory
 from sfumato.engine.size import readable
 from sfumato.planner.answer import Answer, answer, nothing_fits
 from sfumato.planner.architectures import facts_of
@@ -19,16 +20,23 @@ Choice = dict[str, Any]
 
 
 def decide(
-    config: Config, world: int, local: int, memory: float, called: str, tell: Callable[[str], None]
+    config: Config,
+    world: int,
+    local: int,
+    memory: float,
+    called: str,
+    host: float,
+    tell: Callable[[str], None],
 ) -> Choice:
     """What the planner chooses for a config that asks for it; `tell` hears of it.
 
     world: ranks, `local` on each machine. memory: bytes of the smallest device. called: what its maker calls
-    it, or "cpu". Raises UserError where nothing fits.
+    it, or "cpu". host: bytes of the smallest machine's own memory. Raises UserError where nothing fits.
     """
     seam = "cpu" if called == "cpu" else "device"
     device = like(memory, called)
-    found = answer(Ask(config, facts_of(config.model), world, local, memory, device, seam), better=True)
+    ask = Ask(config, facts_of(config.model), world, local, memory, device, seam, host)
+    found = answer(ask, better=True)
     if found.best is None:
         raise nothing_fits(found)
     tell(described(found))
@@ -50,7 +58,7 @@ def here(config: Config, world: int, local: int, tell: Callable[[str], None]) ->
     """The config as ranks on machines like this one would choose it; one that does not ask stays as it is."""
     if not config.engine.auto:
         return config
-    return chosen(config, decide(config, world, local, *room(local), tell))
+    return chosen(config, decide(config, world, local, *room(local), host_memory(), tell))
 
 
 def choice(found: Answer) -> Choice:

@@ -12,8 +12,11 @@ from sfumato.planner.architectures import facts_of
 from sfumato.planner.costs import cost_of
 from sfumato.planner.devices import DEVICES, find, like
 from sfumato.planner.fit import reserve
-from sfumato.planner.rows import Ask, speeds_on, told
+from sfumato.planner.rows import Ask, check_asked, speeds_on, told
 from sfumato.planner.table import heading, lines, shown
+
+MOST = 1e6
+"""GB above which a size of memory was typed wrong."""
 
 
 def plan(
@@ -22,26 +25,29 @@ def plan(
     nodes: int,
     memory: float | None,
     device: str | None,
-    every: bool,
-    records: int | None,
-    file: Path | None,
+    every: bool = False,
+    records: int | None = None,
+    file: Path | None = None,
+    host: float | None = None,
 ) -> None:
     """Print the plan of a run on `nodes` machines of `gpus` devices, and write it to a file.
 
-    memory: GB of a device; unset: the named device's. Raises UserError for a device that is not known, a
-    config that cannot be run so, and where nothing fits.
+    memory: GB of a device; unset: the named device's. host: GB of a machine's own memory; unset: enough.
+    Raises UserError for a device that is not known, a config that cannot be run so, and where nothing fits.
     """
     if memory is None and device is None:
         do = "say --memory 80, or --device A100-80"
         raise UserError(f'a plan of "{config.name}"', "neither --memory nor --device", do)
-    if memory is not None and memory <= 0:
-        raise UserError(f"--memory {memory:g}", "no device has so little", "give GB, such as --memory 24")
+    for option, given, as_in in (("--memory", memory, 24), ("--host-memory", host, 256)):
+        if given is not None and not 0 < given < MOST:
+            raise UserError(f"{option} {given:g}", "that is no size", f"give GB, such as {option} {as_in}")
     if file is not None and not file.absolute().parent.is_dir():
         raise UserError(f"--json {file}", f"no folder {file.absolute().parent}", "make it, or name another")
     named = find(device) if device is not None else None
     size = 1e9 * (memory if memory is not None else named.memory if named is not None else 0)
-    config.model_copy(update={"micro_batch_size": 1}).accumulation(gpus * nodes)
-    ask = Ask(config, facts_of(config.model), gpus * nodes, gpus, size, named or like(size))
+    own = None if host is None else 1e9 * host
+    check_asked(config, gpus * nodes)
+    ask = Ask(config, facts_of(config.model), gpus * nodes, gpus, size, named or like(size), host=own)
     print("\n".join(heading(ask)), end="\n\n", flush=True)  # the rest may take a minute
     found = answer(ask, every)
     print("\n".join(lines(found, every, records)))

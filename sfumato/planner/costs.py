@@ -12,7 +12,7 @@ from sfumato.planner.ways import Way
 Size = tuple[int, int]
 LAUNCHED = {"full": 3, "controlnet": 6, "lora": 8, "textual_inversion": 8}
 """Kernels of a micro-batch for each tensor that learns: SDXL has 4,985 for 1,680, with LoRA 9,041 for 1,120,
-SD 1.5 1,950 for 686 (reference/performance.md 1.5 and 3a). Of the other two nothing was counted."""
+SD 1.5 1,950 for 686 (counted with torch on the meta device). Of the other two nothing was counted."""
 FEWEST = 2000
 """Kernels of a forward and backward pass through the smallest of these models."""
 

@@ -36,10 +36,10 @@ class Device:
 
 
 SHEET = "maker's datasheet"
-A100 = "reference/performance.md 1.4, 1.5, 2 (Mosaic, NeMo, the seeds' card A); " + SHEET
-HOPPER = "reference/performance.md 1.5, 2 (MLPerf v4.0 SDv2, DFM); " + SHEET
+A100 = "published runs (MosaicML's SD2, NeMo's ControlNet, MindSpeed-MM's tables of SDXL); " + SHEET
+HOPPER = "published runs (MLPerf v4.0 SDv2, NVIDIA's DFM); " + SHEET
 ALONE = SHEET + "; no published run calibrates it, so the range is wide"
-ATLAS = "reference/performance.md 1.4 (the seeds' tables); link and network recalled, not confirmed"
+ATLAS = "MindSpeed-MM's tables of SDXL; link and network recalled, not confirmed"
 DEVICES = (
     Device("A100-40", 40, 312, 19.5, 1555, 200, 25, 20, 0.24, 0.32, 0.35, A100),
     Device("A100-80", 80, 312, 19.5, 2039, 200, 25, 20, 0.24, 0.32, 0.35, A100),

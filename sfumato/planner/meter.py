@@ -3,13 +3,13 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from sfumato.planner import shapes
@@ -31,41 +31,72 @@ BACKWARD = {
     aten._scaled_dot_product_efficient_attention_backward,
 }
 FLOPS: dict[Any, Callable[..., int]] = {**flop_registry, **dict.fromkeys(BACKWARD, attention_backward)}
+_counted: dict[Any, int] = {}
+"""Operations as `shapes.key_of` has them -> their FLOPs."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Bytes or FLOPs of a micro-batch: `fixed` of any, and `slope` for each of its samples."""
+
+    fixed: int = 0
+    slope: int = 0
+
+    def of(self, samples: int) -> int:
+        """Those of a micro-batch of so many samples."""
+        return self.fixed + samples * self.slope
+
+    def __add__(self, other: "Amount") -> "Amount":
+        return Amount(self.fixed + other.fixed, self.slope + other.slope)
+
+    def __sub__(self, other: "Amount") -> "Amount":
+        return Amount(self.fixed - other.fixed, self.slope - other.slope)
 
 
 class Meter(TorchDispatchMode):
     """Within it every operation is counted, and every new storage is followed from its birth to its end.
 
     A multiply-add is 2 FLOPs. `held`: tensors that were there before, such as weights; they count nothing.
+    `samples`: what is a multiple of it is taken to grow with the samples of the micro-batch.
     """
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), samples: int = 1) -> None:
         super().__init__()
-        self.flops = 0
-        self.recomputed = 0
+        self.samples = samples
+        self.flops = Amount()
+        self.recomputed = Amount()
         """The FLOPs among them of forward passes that were made again in the backward pass."""
         self.gradients: set[int] = set()
         """The storages, by number, that became a parameter's gradient."""
         self._backward = False
-        self._events: list[
-            tuple[int, int]
-        ] = []  # storage's number, bytes: more at its birth, less at its end
-        self._sizes: list[int] = []  # number -> bytes
+        self._events: list[tuple[int, bool]] = []  # storage's number, whether it is born or ends
+        self._sizes: list[Amount] = []  # number -> bytes
         self._held = [tensor.untyped_storage() for tensor in held]  # kept: their keys stay theirs
         self._numbers: dict[int, int] = {storage._cdata: -1 for storage in self._held}  # those alive
         self._references: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = shapes.answer(func, args, kwargs or {})
-        if (count := FLOPS.get(func._overloadpacket)) is not None:
-            flops = count(*args, **(kwargs or {}), out_val=answer)
-            self.flops += flops
-            # Autograd's own formulas run without gradients, a checkpoint's second forward pass with them.
-            self.recomputed += flops if self._backward and torch.is_grad_enabled() else 0
-        for tensor in tree_leaves(answer):
-            if isinstance(tensor, Tensor):
+        kwargs = kwargs or {}
+        # In the backward pass function modes would look at everything that is done here.
+        with torch._C.DisableTorchFunction():
+            key = shapes.key_of(func, args, kwargs)
+            answer = shapes.answer(func, args, kwargs, key)
+            if (count := FLOPS.get(func._overloadpacket)) is not None:
+                if key is None or key not in _counted:
+                    _counted[key] = count(*args, **kwargs, out_val=answer)
+                flops = self.amount(_counted[key])
+                self.flops += flops
+                # Autograd's own formulas run without gradients, a checkpoint's second forward pass with them.
+                if self._backward and torch.is_grad_enabled():
+                    self.recomputed += flops
+            for tensor in shapes.tensors(answer):
                 self.number(tensor)
         return answer
+
+    def amount(self, total: int) -> Amount:
+        """Bytes or FLOPs of an operation by what they do with more samples."""
+        share, rest = divmod(total, self.samples)
+        return Amount(total) if rest else Amount(0, share)
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor's storage, in order of birth; -1 for what was there before."""
@@ -73,14 +104,14 @@ class Meter(TorchDispatchMode):
         key = storage._cdata
         if (found := self._numbers.get(key)) is not None:
             return found
-        number, size = len(self._sizes), storage.nbytes()
+        number = len(self._sizes)
         self._numbers[key] = number
-        self._sizes.append(size)
-        self._events.append((number, size))
+        self._sizes.append(self.amount(storage.nbytes()))
+        self._events.append((number, True))
 
         def ended(_: Any) -> None:
             del self._numbers[key], self._references[number]
-            self._events.append((number, -size))
+            self._events.append((number, False))
 
         self._references[number] = weakref.ref(storage, ended)
         return number
@@ -89,17 +120,24 @@ class Meter(TorchDispatchMode):
         """This moment, for `peak`."""
         return len(self._events)
 
-    def peak(self, start: int = 0, end: int | None = None) -> int:
-        """The most bytes alive between two moments, without those of parameters' gradients."""
-        alive = most = 0
-        for moment, (number, size) in enumerate(self._events[:end]):
+    def peaks(self, end: int | None = None) -> tuple[Amount, ...]:
+        """The bytes alive at the moments until `end` that can be the fullest, for some number of samples.
+
+        Those of parameters' gradients do not count.
+        """
+        alive, seen = Amount(), set[Amount]()
+        for number, born in self._events[:end]:
             if number not in self.gradients:
-                alive += size
-            most = max(most, alive) if moment >= start else alive
-        return most
+                alive = alive + self._sizes[number] if born else alive - self._sizes[number]
+                seen.add(alive)
+        found = list[Amount]()
+        for moment in sorted(seen, key=lambda moment: (-moment.slope, -moment.fixed)):
+            if not found or moment.of(1) > found[-1].of(1):
+                found.append(moment)
+        return tuple(found)
 
     @contextmanager
-    def keeping(self, found: dict[int, int]) -> Iterator[None]:
+    def keeping(self, found: dict[int, Amount]) -> Iterator[None]:
         """Within it `found` gets number and bytes of each storage that autograd keeps for the backward pass.
 
         Those that were born before, as a step's inputs are, do not count.

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any, Literal
 
 from sfumato.config import Config
+from sfumato.engine.offload import check, check_places
 from sfumato.models.folder import Facts
 from sfumato.planner.costs import Size, cost_of, launches, sizes_of
 from sfumato.planner.devices import Device
@@ -15,13 +16,16 @@ from sfumato.planner.traffic import Traffic, traffic
 from sfumato.planner.ways import Way, ways
 
 Factor = Literal["low", "usual", "high"]
+HOST = 0.9
+"""The share of a machine's memory that may be taken for what is moved there; assumed."""
 
 
 @dataclass(frozen=True)
 class Ask:
     """What is asked: a run, the ranks that it gets, and what each of them can hold.
 
-    local: ranks of one machine. room: bytes of a device. device: whose speed is expected.
+    local: ranks of one machine. memory: bytes of a device. device: whose speed is expected. host: bytes of a
+    machine's memory, for what is moved there; None: it is not asked whether that fits.
     """
 
     config: Config
@@ -31,6 +35,7 @@ class Ask:
     memory: float
     device: Device
     accelerator: str = "cuda"
+    host: float | None = None
 
     @property
     def room(self) -> float:
@@ -53,7 +58,9 @@ class Row:
     memory: Memory
     fits: bool
     lacks: float
-    """Bytes that are too few; 0 where it fits."""
+    """Bytes that a device has too few; 0 where it fits."""
+    short: float
+    """Bytes that a machine's memory has too few for its ranks."""
     cost: Cost
     """Of a sample of the largest size."""
     traffic: Traffic
@@ -73,12 +80,20 @@ def rows(ask: Ask, others: bool = False, better: bool = False) -> list[Row]:
 
     others, better: as `ways` takes them. Raises UserError where the batch does not go into the ranks.
     """
-    ask.config.model_copy(update={"micro_batch_size": 1}).accumulation(ask.world)  # told before all else
+    check_asked(ask.config, ask.world)
     found = [row_of(ask, way) for way in ways(ask.config, ask.world, ask.accelerator, others, better)]
     return sorted(
         found,
-        key=lambda row: (not row.fits, row.lacks, -row.images.get("usual", 0), row.way.plainness),
+        key=lambda row: (not row.fits, row.lacks, row.short, -row.images.get("usual", 0), row.way.plainness),
     )
+
+
+def check_asked(config: Config, world: int) -> None:
+    """Raise UserError for a batch that does not go into the ranks, and for an offload that cannot be."""
+    config.model_copy(update={"micro_batch_size": 1}).accumulation(world)
+    check_places(config)
+    if not config.engine.auto:
+        check(config, world)
 
 
 def row_of(ask: Ask, way: Way) -> Row:
@@ -89,7 +104,7 @@ def row_of(ask: Ask, way: Way) -> Row:
     held = [
         (way.of(ask.config, micro), memory(way.of(ask.config, micro), ask.world, cost)) for micro in tried
     ]
-    fitting = [pair for pair in held if pair[1].device <= ask.room]
+    fitting = [pair for pair in held if pair[1].device <= ask.room and not short(ask, pair[1])]
     config, taken = fitting[0] if fitting else min(held, key=lambda pair: pair[1].device)
     learns = sum(map(prod, cost.trained.values()))
     sent = traffic(config, ask.world, ask.local, learns, cost.sharded)
@@ -100,11 +115,17 @@ def row_of(ask: Ask, way: Way) -> Row:
         memory=taken,
         fits=bool(fitting),
         lacks=max(0.0, taken.device - ask.room),
+        short=short(ask, taken),
         cost=cost,
         traffic=sent,
         images={name: found.images for name, found in speeds.items()},
         speed=speeds.get("usual"),
     )
+
+
+def short(ask: Ask, taken: Memory) -> float:
+    """Bytes that a machine's memory has too few for what its ranks move there."""
+    return 0.0 if ask.host is None else max(0.0, taken.host * ask.local - HOST * ask.host)
 
 
 def speeds_on(device: Device, ask: Ask, config: Config, cost: Cost, sent: Traffic) -> dict[Factor, Speed]:
@@ -137,12 +158,13 @@ def told(row: Row) -> dict[str, Any]:
         "fits": row.fits,
         "micro_batch_size": row.micro,
         "lacks": round(row.lacks),
+        "host_lacks": round(row.short),
         "memory": {**row.memory.parts(), "device": row.memory.device},
         "sent": {"link": row.traffic.link, "network": row.traffic.network, "host": row.traffic.host},
         "flops": cost.flops,
         "model_flops": cost.model_flops,
         "encode_flops": cost.encode_flops,
-        "activations": {"sample": cost.activations, "fixed": cost.fixed, "peak": cost.peak},
+        "activations": {"sample": cost.activations, "fixed": cost.fixed, "peak": cost.step_peak(1)},
         "images_per_second": row.images,
         "seconds": None
         if row.speed is None

@@ -1,37 +1,49 @@
 """Answers without numbers, remembered: torch works out the shapes of many an operation in slow Python."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
 META = torch.device("meta")
 _seen: dict[Any, Any] = {}
 
 
-def answer(func: Any, args: Any, kwargs: Any) -> Any:
-    """What func(*args, **kwargs) answers on the meta device, worked out once for each set of shapes."""
+def key_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an answer without numbers can depend on; None where an argument is changed or is a part of it."""
     if not makes_new(func):
+        return None
+    return func, described(args), described(tuple(kwargs.items())) if kwargs else ()
+
+
+def answer(func: Any, args: Any, kwargs: Any, key: Any) -> Any:
+    """func(*args, **kwargs), worked out once for each `key_of` them if it is on the meta device."""
+    if key is None:
         return func(*args, **kwargs)
-    key = (func, described(args), described(tuple(kwargs.items())))
-    if key in _seen:
-        return restored(_seen[key])
+    if (said := _seen.get(key)) is not None:
+        return restored(said)
     found = func(*args, **kwargs)
-    given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if is_tensor(tensor)}
-    outputs = [tensor for tensor in tree_leaves(found) if is_tensor(tensor)]
+    given = {tensor.untyped_storage()._cdata for tensor in tensors((args, tuple(kwargs.values())))}
+    outputs = [*tensors(found)]
     fresh = {tensor.untyped_storage()._cdata for tensor in outputs}
-    # An answer that is a part of something else cannot be made from its shape.
-    if len(fresh) == len(outputs) and not fresh & given and all(t.device == META for t in outputs):
-        if all(whole(tensor) for tensor in outputs):
-            _seen[key] = recorded(found)
+    # An answer that is a part of something else cannot be made from its shape; one without tensors, as
+    # item() has, is a number, and those of real tensors are not alike.
+    apart = bool(outputs) and len(fresh) == len(outputs) and not fresh & given
+    if apart and all(tensor.device == META and whole(tensor) for tensor in outputs):
+        _seen[key] = recorded(found)
     return found
 
 
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an operation's arguments or answer."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors(part)
 
 
 def whole(tensor: Tensor) -> bool:
@@ -52,7 +64,7 @@ def described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (list, tuple)):
-        return tuple(map(described, value))
+        return tuple([described(part) for part in value])
     return type(value), value
 
 

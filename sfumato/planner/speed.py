@@ -12,10 +12,10 @@ from sfumato.planner.devices import Device
 from sfumato.planner.traffic import Traffic
 
 LAUNCH = 10e-6
-"""Seconds for a kernel that the host has to start; assumed, of 5 to 12 (reference/performance.md 3a)."""
+"""Seconds for a kernel that the host has to start; assumed; 5 to 12 us are usual."""
 MOVED = {"adamw": 34, "sgd": 18}
-"""Bytes that an optimizer moves in memory for each weight that it steps, norm and clipping included
-(reference/performance.md 1.5)."""
+"""Bytes that an optimizer moves in memory for each weight that it steps, norm and clipping included:
+reads and writes of master, moments, gradient and low-precision weight."""
 HOST_MEMORY = 100e9
 """Bytes a second of a machine's memory, for all its ranks together, while its cores step weights; assumed."""
 
@@ -79,7 +79,7 @@ def speed(
         return None
     times, micro = config.accumulation(world), config.micro_batch_size
     compute = times * max(micro * work.flops / (rate * share), work.kernels * LAUNCH)
-    # The matrix units take fp32 convolutions at half the speed (reference/performance.md 1.2).
+    # The matrix units take fp32 convolutions at half the speed.
     vae = config.model.vae_dtype if config.model.vae_dtype != "auto" else config.engine.precision
     slower = 1 if vae == "bf16" else 2
     encode = times * micro * work.encode_flops * slower / (half * share)

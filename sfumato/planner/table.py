@@ -79,7 +79,7 @@ def grid(found: Answer, every: bool) -> Iterator[str]:
         start += f"{way.precision:7}  " if precision else ""
         start += f"{row.micro:5}  {row.memory.device / 1e9:9.2f}  "
         if not row.fits:
-            yield f"{start}{row.lacks / 1e9:.2f} GB too much"
+            yield start + (f"{row.lacks / 1e9:.2f} GB too much" if row.lacks else "too much for the machine")
             continue
         mark = "  <-" if row is found.best else "  as set" if way == own else ""
         yield f"{start}{(row.traffic.link + row.traffic.host) / 1e9:7.2f}  {rate(row):>8}{mark}"

@@ -5,6 +5,7 @@ all on torch's meta device. No weights are read and nothing is computed, so that
 seconds on a CPU. Whatever family or method there is, is planned by this one path.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -24,7 +25,7 @@ from sfumato.models.texts import Condition
 from sfumato.objective import Objective
 from sfumato.planner.architectures import published_words
 from sfumato.planner.kernels import Kernels
-from sfumato.planner.meter import Meter
+from sfumato.planner.meter import Amount, Meter
 
 META = torch.device("meta")
 
@@ -44,15 +45,13 @@ class Cost:
     """Bytes that autograd keeps for the backward pass, for each sample of a micro-batch ..."""
     fixed: int
     """... and those that do not grow with it, such as casts of frozen weights."""
-    peak: int
-    """The most bytes alive at once in encoding, forward and backward pass of a micro-batch of one sample,
-    besides weights and parameters' gradients: what is kept, the batch itself, and all that lives shortly."""
-    peak_slope: int
-    """What each further sample of a micro-batch adds to the peak."""
+    peaks: tuple[Amount, ...]
+    """The bytes alive at the moments of encoding, forward and backward pass that can be the fullest, besides
+    weights and parameters' gradients: what is kept, the batch itself, and all that lives shortly."""
     encode_flops: int
     """Of the frozen VAE and text encoders, for one sample, where they are not cached."""
     encode_peak: int
-    """The most bytes alive while they encode one sample, the batch among them; it grows with the samples."""
+    """The most bytes alive while they encode one sample, the batch among them."""
     trained: dict[str, tuple[int, ...]]
     """The shape of each parameter that learns, by the engine's name for it."""
     frozen: dict[str, int]
@@ -62,7 +61,12 @@ class Cost:
 
     def step_peak(self, samples: int) -> int:
         """The most bytes alive besides weights and gradients with so many samples in a micro-batch."""
-        return max(self.peak + (samples - 1) * self.peak_slope, samples * self.encode_peak)
+        return fullest(self.peaks, samples)
+
+
+def fullest(moments: Iterable[Amount], samples: int) -> int:
+    """The most bytes of some moments, with so many samples in a micro-batch."""
+    return max((moment.of(samples) for moment in moments), default=0)
 
 
 def trace(config: Config, facts: Facts, size: tuple[int, int]) -> Cost:
@@ -94,17 +98,15 @@ class _Same:
 @lru_cache(64)
 def _trace(config: _Same, facts: _Same, size: tuple[int, int]) -> Cost:
     stage = Stage(config.value, facts.value)
-    one, two = (rehearse(stage, size, samples) for samples in (1, 2))
-    slope = two.kept - one.kept
+    step = rehearse(stage, size)
     return Cost(
-        flops=one.flops,
-        model_flops=one.flops - one.recomputed,
-        activations=slope,
-        fixed=one.kept - slope,
-        peak=one.peak,
-        peak_slope=two.peak - one.peak,
-        encode_flops=one.encode_flops,
-        encode_peak=one.encode_peak,
+        flops=step.flops.of(1),
+        model_flops=(step.flops - step.recomputed).of(1),
+        activations=step.kept.slope,
+        fixed=step.kept.fixed,
+        peaks=step.peaks,
+        encode_flops=step.encode_flops.of(1),
+        encode_peak=fullest(step.encode_peaks, 1),
         trained={name: tuple(p.shape) for name, p in stage.parts.named_parameters() if p.requires_grad},
         frozen={name: size for name, size in stage.frozen().items() if size},
         sharded=sum(frozen_bytes(part) for part in stage.parts.children()),
@@ -115,7 +117,7 @@ class Stage:
     """What a run's loop has in its hands, without numbers: family, method, parts and objective."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
-        self.config = config
+        self.config, self.facts = config, facts
         self.encodes = held_parts(config)
         family = bare_family(config, facts)
         _ = family.vae_config  # which is read with a model that is dropped again: no part of a step
@@ -148,7 +150,12 @@ class Stage:
             self.family.null_condition()  # made once in a run, so that it is no step's
         if self.encodes[1] or self.config.learns_text:
             return None
-        return self.family.encode_prompts([""] * samples)
+        said = self.config.model.model_dump_json()
+        rows = _caption(_Same(f"{said} {self.family.dtype}", self.family), _Same(repr(self.facts), None))
+        return {
+            name: torch.empty((samples, *row.shape[1:]), dtype=row.dtype, device=META)
+            for name, row in rows.items()
+        }
 
     def batch(self, size: tuple[int, int], samples: int, text: dict[str, Tensor] | None) -> Batch:
         """A micro-batch as the loader makes it of pictures of `size` (height, width), text of `text_of`."""
@@ -193,28 +200,41 @@ def frozen_bytes(part: nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in [*still, *part.buffers()])
 
 
+@lru_cache(8)
+def _caption(family: _Same, facts: _Same) -> dict[str, Tensor]:
+    """One caption as the cache gives it, whose shapes are those of all steps of a model."""
+    with Kernels():
+        found: dict[str, Tensor] = family.value.encode_prompts([""])
+    return found
+
+
 @dataclass(frozen=True)
 class Taken:
     """What a meter told of one step; the words are those of `Cost`."""
 
-    flops: int
-    recomputed: int
-    kept: int
-    peak: int
-    encode_flops: int
-    encode_peak: int
+    flops: Amount
+    recomputed: Amount
+    kept: Amount
+    peaks: tuple[Amount, ...]
+    encode_flops: Amount
+    encode_peaks: tuple[Amount, ...]
 
 
-def rehearse(stage: Stage, size: tuple[int, int], samples: int) -> Taken:
-    """One step with a micro-batch of so many samples of `size` (height, width) pixels."""
+SAMPLES = 251
+"""The micro-batch of a rehearsal: a prime that divides no side of a model or of a latent. So what it divides
+grows with the samples, and one rehearsal tells of micro-batches of any size."""
+
+
+def rehearse(stage: Stage, size: tuple[int, int]) -> Taken:
+    """One step with pictures of `size` (height, width) pixels."""
     held = [*stage.parts.parameters(), *stage.parts.buffers()]
     for part in stage.outside(*stage.encodes).values():
         held += [*part.parameters(), *part.buffers()]
-    kernels, kept = Kernels(stage.lower), dict[int, int]()
+    kernels, kept = Kernels(stage.lower), dict[int, Amount]()
     with kernels:
-        text = stage.text_of(samples)
-    with Meter(held) as meter, kernels:
-        batch = stage.batch(size, samples, text)
+        text = stage.text_of(SAMPLES)
+    with Meter(held, SAMPLES) as meter, kernels:
+        batch = stage.batch(size, SAMPLES, text)
         for rows in (text or {}).values():
             meter.number(rows)  # a part of the batch, and no new memory where it is used
         del text
@@ -224,10 +244,15 @@ def rehearse(stage: Stage, size: tuple[int, int], samples: int) -> Taken:
             loss = loss_of(stage, kernels, latents, condition, batch.draws)
         del batch, latents, condition  # which the loop has in its forward pass only
         meter.backward(loss, stage.parts.parameters())
-        peaks = meter.peak(), meter.peak(0, encoded)
     stage.parts.zero_grad(set_to_none=True)
-    step = meter.flops - encode_flops
-    return Taken(step, meter.recomputed, sum(kept.values()), peaks[0], encode_flops, peaks[1])
+    return Taken(
+        flops=meter.flops - encode_flops,
+        recomputed=meter.recomputed,
+        kept=sum(kept.values(), Amount()),
+        peaks=meter.peaks(),
+        encode_flops=encode_flops,
+        encode_peaks=meter.peaks(encoded),
+    )
 
 
 def loss_of(stage: Stage, kernels: Kernels, latents: Tensor, condition: Condition, draws: Draws) -> Tensor:

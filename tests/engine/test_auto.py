@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import groups
 
 from sfumato import cli, train
 from sfumato.config import parse
@@ -18,6 +19,8 @@ from sfumato.planner.fit import memory
 from sfumato.planner.ways import way_of
 from tests.engine import runs
 from tests.engine.ranks import run_ranks
+
+NEIGHBOURS = {"zero_optimization": {"zero_hpz_partition_size": 2}}
 
 
 def lying_there() -> int:
@@ -46,7 +49,10 @@ def watched(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         finally:
             train.optimizer_step = step
         resolved = json.loads((run / "resolved.json").read_text())
-        told.append({"said": said.getvalue(), "resolved": resolved, "bytes": sizes[-1]})
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes it once in a process
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        numbers = [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+        told.append({"said": said.getvalue(), "resolved": resolved, "bytes": sizes[-1], "numbers": numbers})
     return told
 
 
@@ -61,7 +67,12 @@ def told(place: Path) -> list[list[dict[str, Any]]]:
     first = runs.settings(place, batch_size=8, steps=2, engine={"auto": True, "precision": "fp32"})
     del first["micro_batch_size"]
     again = {**first, "steps": 3, "engine": {"auto": True, "precision": "fp32", "zero_stage": 3}}
-    return run_ranks(watched, 2, [first, again | {"micro_batch_size": 2}], timeout=280)
+    lora: dict[str, Any] = {"steps": 2, "method": {"kind": "lora", "rank": 4}, "log__every": 1}
+    beside = [
+        runs.settings(place, name=name, engine__zero_stage=3, engine__deepspeed=keys, **lora)
+        for name, keys in (("plain", {}), ("beside", NEIGHBOURS))
+    ]
+    return run_ranks(watched, 2, [first, again | {"micro_batch_size": 2}, *beside], timeout=280)
 
 
 def test_all_ranks_take_what_the_planner_recommends(told: list[list[dict[str, Any]]]) -> None:
@@ -79,6 +90,13 @@ def test_the_next_start_may_choose_otherwise(told: list[list[dict[str, Any]]]) -
     again = told[0][1]
     assert "goes on from step-000002" in again["said"]
     assert (again["resolved"]["engine"]["zero_stage"], again["resolved"]["micro_batch_size"]) == (3, 2)
+
+
+def test_frozen_weights_may_have_a_second_copy_among_neighbours(told: list[list[dict[str, Any]]]) -> None:
+    """ZeRO++'s hpZ under a LoRA, most of whose weights do not learn: the same bits (the starts are shared)."""
+    plain, beside = told[0][2:]
+    assert len(plain["numbers"]) == 2 and plain["numbers"] == beside["numbers"]
+    assert beside["resolved"]["engine"]["deepspeed"] == NEIGHBOURS
 
 
 def test_what_is_counted_lies_there(told: list[list[dict[str, Any]]]) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ CELLS["3-bf16-one-buckets"] = CELLS["3-bf16-one"] | {"bucket": 111_000}
 CELLS["3-bf16-one-narrow"] = CELLS["3-bf16-one"] | {"bucket": 50_000}
 BOUNDED = [name for name in CELLS if name.endswith(("buckets", "narrow"))]
 """Cells with several buckets, whose fullest moment depends on how parameters fall into them."""
+RUNS = [(name, world) for world in (1, 2) for name in CELLS if world == 2 or "bf16" in name]
+"""Cells and ranks; what one rank in fp32 holds follows from the others."""
 
 
 class Toy(nn.Module):
@@ -144,17 +147,31 @@ class Count(dict[str, int]):
         return sum(size for role, size in self.items() if role not in ("host", "other"))
 
 
+def young() -> list[Tensor]:
+    """Tensors that only a function of DeepSpeed's knows, such as the flat copy that is being summed."""
+    return [
+        x
+        for age in (0, 1)
+        for x in gc.get_objects(age)
+        if type(x) is Tensor and x.device.type != "meta" and x.untyped_storage().nbytes() >= ACTIVATIONS
+    ]
+
+
 @contextmanager
 def watched(engine: Engine, samples: dict[str, list[Count]]) -> Iterator[None]:
     """Counts whenever a gradient is ready, ranks exchange numbers, buckets go, and the optimizer steps."""
     zero, base = engine.deepspeed.optimizer, engine.deepspeed.basic_optimizer
 
     def sample(when: str) -> None:
-        # Tensors that only a function of DeepSpeed's knows, such as the flat copy that is being summed.
-        young = [
-            x for age in (0, 1) for x in gc.get_objects(age) if type(x) is Tensor and x.device.type != "meta"
-        ]
-        passing = [x for x in young if x.untyped_storage().nbytes() >= ACTIVATIONS]
+        # What is freed while a thread of gloo's still holds it, which it does for a moment, is not there.
+        passing = young()
+        while passing:
+            sizes = [x.untyped_storage().nbytes() for x in passing]
+            del passing
+            time.sleep(0.01)
+            passing = young()
+            if len(passing) == len(sizes):
+                break
         samples[when].append(Count(engine, passing))
 
     def before(owner: Any, name: str, when: str) -> tuple[Any, str, Any]:
@@ -238,9 +255,10 @@ def found() -> dict[tuple[str, int], list[dict[str, Any]]]:
     """(cell, ranks) -> what each rank measured."""
     results = {}
     for world in (1, 2):
-        told = run_ranks(measured_all, world, [*CELLS.values()], timeout=280)
+        names = [name for name in CELLS if (name, world) in RUNS]
+        told = run_ranks(measured_all, world, [CELLS[name] for name in names], timeout=280)
         results |= {
-            (name, world): list(each) for name, each in zip(CELLS, zip(*told, strict=True), strict=True)
+            (name, world): list(each) for name, each in zip(names, zip(*told, strict=True), strict=True)
         }
     return results
 
@@ -248,8 +266,7 @@ def found() -> dict[tuple[str, int], list[dict[str, Any]]]:
 Found = dict[tuple[str, int], list[dict[str, Any]]]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(("name", "world"), RUNS)
 def test_bytes_are_those_of_real_tensors(found: Found, name: str, world: int) -> None:
     check(planned(CELLS[name], world), found[name, world], name in BOUNDED)
 

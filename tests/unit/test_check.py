@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from sfumato import config
-from sfumato.check import check, count
+from sfumato.check import check, rules
 from sfumato.engine.ds_keys import DEEPSPEED_KEYS
+from sfumato.engine.size import count
 from sfumato.errors import UserError
 from tests.unit import twins
 
@@ -110,6 +111,15 @@ def test_refused(settings: Settings, table: str, values: Settings, accelerator: 
 def test_deepspeeds_own_keys_pass(settings: Settings) -> None:
     settings["engine"] = {"deepspeed": {"zero_optimization": {"overlap_comm": True}, "dump_state": True}}
     assert check(config.parse(settings), 2, "cpu")
+
+
+def test_what_is_moved_to_the_machine_must_fit_it(settings: Settings, monkeypatch: Any) -> None:
+    """Of two machines each holds a half: 4 bytes of a master and 8 of AdamW's states for each weight."""
+    settings |= {"engine": {"offload_optimizer": "cpu"}, "batch_size": 4, "micro_batch_size": 1}
+    learns = check(config.parse(settings), 4, "cpu").parameters or 0
+    monkeypatch.setattr(rules, "host_memory", lambda: 12 * learns - 1)
+    assert "memory" in refused(settings)
+    assert check(config.parse(settings), 4, "cpu", local=2)
 
 
 def test_a_broken_first_image_is_found(settings: Settings) -> None:

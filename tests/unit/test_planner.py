@@ -12,10 +12,11 @@ from sfumato import cli, config
 from sfumato.config import Config, parse
 from sfumato.errors import UserError
 from sfumato.planner import command, devices, table
-from sfumato.planner.answer import ALIKE, Answer, answer, choose
+from sfumato.planner.answer import ALIKE, Answer, answer, choose, nothing_fits
 from sfumato.planner.architectures import facts_of
 from sfumato.planner.costs import cost_of, sizes_of
 from sfumato.planner.fit import memory, micro_batches, reserve
+from sfumato.planner.meter import Amount
 from sfumato.planner.rows import Ask
 from sfumato.planner.speed import Work, speed
 from sfumato.planner.trace import Cost
@@ -43,8 +44,9 @@ def run(family: str = "sd", **changes: Any) -> Config:
 def cost(trained: dict[str, tuple[int, ...]], **changes: int) -> Cost:
     """A cost put together by hand."""
     values = {"flops": 3 * 10**12, "model_flops": 2 * 10**12, "activations": 10**8, "fixed": 10**6}
-    values |= {"peak": 2 * 10**8, "peak_slope": 10**8, "encode_flops": 10**11, "encode_peak": 10**7}
-    return Cost(**(values | changes), trained=trained, frozen={"vae": 10**6}, sharded=0)  # type: ignore[arg-type]
+    values |= {"encode_flops": 10**11, "encode_peak": 10**7}
+    peaks = (Amount(10**8, 10**8),)
+    return Cost(**(values | changes), peaks=peaks, trained=trained, frozen={"vae": 10**6}, sharded=0)  # type: ignore[arg-type]
 
 
 # What a rank holds.
@@ -192,7 +194,7 @@ def test_a_step_takes_what_the_model_says() -> None:
 def test_published_rows_lie_in_the_range(
     device: str, rate: float, micro: int, flops: float, encoding: float, vae: str, learns: int
 ) -> None:
-    """The seeds' tables on 8 cards (reference/performance.md, 1.4), card A taken for an A100."""
+    """MindSpeed-MM's tables of SDXL on 8 cards, card A taken for an A100."""
     asked = run(batch_size=8 * micro, micro_batch_size=micro, engine__zero_stage=2, model__vae_dtype=vae)
     card, numbers = devices.find(device), learns * 10**6
     work, sent = Work(flops * 1e12, encoding * 1e12, 5000), traffic(asked, 8, 8, numbers, 0)
@@ -275,7 +277,7 @@ def test_auto_on_the_command_line(words: list[str], tmp_path: Path) -> None:
 
 def test_auto_as_text_in_a_file() -> None:
     assert run(engine="auto").engine == run(engine={"auto": True}).engine
-    with pytest.raises(UserError, match="engine = 'fast'"):
+    with pytest.raises(UserError, match='engine = "fast" is neither'):
         run(engine="fast")
 
 
@@ -311,6 +313,21 @@ def test_what_does_not_fit_is_never_chosen(found: Answer) -> None:
     assert not max(tempting, key=lambda row: row.images["usual"]).fits
 
 
+def test_what_does_not_fit_the_machine_is_never_chosen(found: Answer) -> None:
+    """Two ranks of a machine share its memory; without the figure what is moved there is taken to fit."""
+    moved = {"auto": True, "zero_stage": 2, "offload_optimizer": "cpu"}
+    ask = replace(found.ask, config=run(engine=moved))
+    plain = answer(ask)
+    assert plain.best is not None and plain.best.way.offload == "optimizer"
+    needed = 2 * min(row.memory.host for row in plain.rows)
+    assert answer(replace(ask, host=needed / 0.89)).best is not None
+    tight = answer(replace(ask, host=needed / 0.91))
+    assert tight.best is None and not any(row.lacks for row in tight.rows)
+    error = nothing_fits(tight)
+    assert "of the machine" in error.found and "more memory" in error.do
+    assert "too much for the machine" in "\n".join(table.lines(tight))
+
+
 def test_the_answer_reads_well_at_80_columns(found: Answer) -> None:
     said = [*table.heading(found.ask), *table.lines(found, records=1000)]
     assert max(map(len, said)) <= 80, max(said, key=len)
@@ -344,7 +361,12 @@ def test_presets_for_small_cards_fit(preset: str, gigabytes: int) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--memory", "0"], "no device has so little"),
+        (["--memory", "0"], "that is no size"),
+        (["--memory", "nan"], "that is no size"),
+        (["--memory", "8", "--host-memory", "-1"], "that is no size"),
+        (["--memory", "8", "engine.offload_optimizer=nvme"], 'set engine.offload_optimizer = "cpu"'),
+        (["--memory", "8", "engine.zero_stage=0", "engine.offload_optimizer=cpu"], "zero_stage = 1"),
+        (["--memory", "8", "engine=Auto"], 'engine = "Auto" is neither "auto" nor a table'),
         (["--device", "H20", "--memory", "80"], "did you mean H200?"),
         ([], "neither --memory nor --device"),
         (["--memory", "8", "--gpus", "3"], "a multiple of 3"),

@@ -1,0 +1,162 @@
+"""The rules of a run that need no data and no model; each raises a UserError."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sfumato.config import Config, Data
+from sfumato.data.index import Index
+from sfumato.engine.offload import host_memory
+from sfumato.engine.profiles import kinds
+from sfumato.engine.published import checkpoints_in, steps_in
+from sfumato.engine.size import (
+    BYTES,
+    STATES,
+    checkpoint_bytes,
+    count,
+    kept_at_once,
+    readable,
+    snapshot_bytes,
+    snapshots,
+)
+from sfumato.errors import UserError
+from sfumato.models.folder import Facts, learned, weight_files
+
+IMAGES = ("images", "both")
+"""Values of data.cache that encode images."""
+LOOKED_AT = 1000
+"""Records whose captions are read before a run."""
+
+
+def check_sizes(config: Config, facts: Facts) -> None:
+    """Raise UserError for a side that the VAE or the denoiser cannot take."""
+    data = config.data
+    if data.buckets is None:
+        for side in data.resolutions:
+            facts.check_resolution(side)
+    elif data.buckets.sizes:
+        for side in (side for size in data.buckets.sizes for side in size):
+            facts.check_resolution(side, "data.buckets.sizes with the side")
+    else:
+        facts.check_resolution(data.buckets.step, "data.buckets.step")
+
+
+def check_views(config: Config) -> None:
+    """Raise UserError for a cache of what is drawn anew at each visit."""
+    data = config.data
+    if data.views is not None:
+        return
+    if data.cache in IMAGES and not data.center_crop:
+        raise UserError(
+            f'data.cache = "{data.cache}"',
+            "crops are drawn anew at each visit, so that no encoded image could be used twice",
+            "set data.center_crop = true, or data.views to the number of crops of an image to encode",
+        )
+    if data.cache in ("captions", "both") and (data.tags.shuffle or data.tags.dropout):
+        raise UserError(
+            f'data.cache = "{data.cache}" with [data.tags]',
+            "tags are drawn anew at each visit, so that no encoded caption could be used twice",
+            "set data.views to the number of captions of an image to encode",
+        )
+
+
+def check_method(config: Config, facts: Facts | None, index: Index | None) -> int | None:
+    """How many numbers learn, where that is known. Raises UserError for what the method cannot do."""
+    if facts is None:
+        return None
+    if config.method.kind == "full":
+        if config.model.from_scratch:
+            return None
+        text = [part for part in facts.needs if config.learns_text and part.startswith("text_encoder")]
+        parts = [learned(facts.components), *text]
+        files = [weight_files(facts.folder, part, config.model.variant) for part in parts]
+        return count([file for several in files for file in several])
+    if index is None:
+        return None
+    from sfumato.methods import METHODS  # diffusers takes seconds, and Full has nothing to say
+
+    return METHODS[config.method.kind].check(config, facts, some_captions(config.data, index))
+
+
+def check_conditions(config: Config) -> None:
+    """Raise UserError for a preview's second image that cannot be read."""
+    if config.preview.conditions:
+        from sfumato.drawing.inputs import read  # torch is needed
+
+        for name in config.preview.conditions:
+            read(Path(name).expanduser())
+
+
+def some_captions(data: Data, index: Index) -> Iterator[str]:
+    """The captions of a thousand records, spread over all, as their visits read them."""
+    for number in range(0, len(index), -(-len(index) // LOOKED_AT)):
+        for text in index.line(number)[2] if index.part[number] != index.prior else ():
+            yield f"{data.caption_prefix}{text}{data.caption_suffix}"
+
+
+def check_precision(config: Config, accelerator: str) -> None:
+    """Raise UserError for the cells of precision, stage and device that DeepSpeed cannot do right."""
+    engine = config.engine
+    if engine.precision == "fp16" and accelerator == "cpu":
+        raise UserError(
+            'engine.precision = "fp16"', "training on the CPU, which has none", 'set "bf16" or "fp32"'
+        )
+    if engine.precision == "fp16" and engine.zero_stage == 0:
+        raise UserError(
+            'engine.precision = "fp16" with engine.zero_stage = 0',
+            "DeepSpeed gives no fp32 weights to average, save or export there",
+            "set engine.zero_stage = 1, which costs nothing more",
+        )
+
+
+def check_objective(config: Config, facts: Facts) -> None:
+    """Raise UserError for an objective that the weights' scheduler cannot have."""
+    from sfumato.objective import Objective  # torch is needed for its tables
+
+    Objective(config.objective, facts.scheduler)
+
+
+def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
+    """Raise UserError unless the run's folder can be written to and has room for its checkpoints."""
+    asked = f"the run's folder {config.folder}"
+    place = config.folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(asked, f"{place} is not a folder", "set another `output` or `name`")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(asked, f"{place} cannot be written to", "set another `output`, or change its owner")
+    one, free = checkpoint_bytes(config, facts, parameters), shutil.disk_usage(place).free
+    if one > free:
+        found = f"a checkpoint takes {readable(one)}, and {readable(free)} are free"
+        raise UserError(asked, found, "make room, or set `output` to a larger disk")
+    count = max(0, kept_at_once(config) - len(checkpoints_in(config.folder)))
+    copies = max(0, snapshots(config) - len(steps_in(config.folder / "averages")))
+    needed = count * one + copies * snapshot_bytes(config, parameters)
+    if needed > free:
+        more = f"{count} more checkpoints" + (f" and {copies} more copies of averages" if copies else "")
+        found = f"{more} take {readable(needed)}, and {readable(free)} are free"
+        do = "make room, keep fewer ([checkpoint], ema.snapshots), or take another `output`"
+        raise UserError(asked, found, do)
+
+
+def check_host(config: Config, world: int, local: int, parameters: int) -> None:
+    """Raise UserError where what offload moves here is more than this machine's memory.
+
+    parameters: numbers that learn. local: ranks of `world` on this machine. Less is needed by no run: what
+    waits on its way, and what the processes themselves take, comes on top.
+    """
+    engine = config.engine
+    moved = 4 * (1 + STATES[config.optimizer.name] + len(kinds(config.ema)))
+    one = moved * (engine.offload_optimizer != "none")
+    one += BYTES[engine.precision] * (engine.offload_parameters != "none")
+    needed, there = one * parameters * local // world, host_memory()
+    if needed > there:
+        raise UserError(
+            "what engine.offload_optimizer and engine.offload_parameters move to this machine's memory",
+            f"it takes at least {readable(needed)} for {local} rank{'s' * (local > 1)}, and the machine has "
+            f"{readable(there)}",
+            "offload less, or take a machine with more memory or more machines; `sfumato plan` with "
+            f"--host-memory {there / 1e9:.0f} says what fits",
+        )
