@@ -93,7 +93,7 @@ def test_the_next_start_may_choose_otherwise(told: list[list[dict[str, Any]]]) -
 
 
 def test_frozen_weights_may_have_a_second_copy_among_neighbours(told: list[list[dict[str, Any]]]) -> None:
-    """ZeRO++'s hpZ under a LoRA, most of whose weights do not learn: the same bits (the starts are shared)."""
+    """ZeRO++'s hpZ under a LoRA, most of whose weights do not learn: the same bits."""
     plain, beside = told[0][2:]
     assert len(plain["numbers"]) == 2 and plain["numbers"] == beside["numbers"]
     assert beside["resolved"]["engine"]["deepspeed"] == NEIGHBOURS
