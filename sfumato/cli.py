@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sfumato import config, launch, place, tuning
+from sfumato import config, device, launch, place, tuning
 from sfumato.errors import CONTINUE, Lost, Stopped, UserError
 from sfumato.grammar import parse
 from sfumato.launch.become import as_ranks, world
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         arguments.command = [sys.executable, "-m", "sfumato", *argv]
     arguments.real = argv is None
-    # It says so on stdout, on every rank; the plan and the run's records name the device.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
+    logging.getLogger("DeepSpeed").addFilter(device.telling)
     code = guarded(lambda: VERBS[arguments.verb](arguments))
     if code == CONTINUE and arguments.real:
         for number in SIGNALS:  # one that comes twice, while Python goes down, must not change the code

@@ -4,6 +4,7 @@ The one file that may name kinds of devices other than the CPU; all others ask i
 DeepSpeed takes seconds to import, so it is imported when the first question comes.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,8 +14,14 @@ FUSED = ("cpu", "cuda", "xpu", "mps")
 """Kinds of devices for which torch itself has AdamW in one pass over memory. ROCm calls itself cuda."""
 
 
+def telling(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's log tells a user something: that it takes the CPU does not."""
+    return "Setting accelerator to CPU" not in str(record.msg)
+
+
 def accelerator() -> Any:
     """DeepSpeed's accelerator: the one seam to any device."""
+    logging.getLogger("DeepSpeed").addFilter(telling)  # once: the same filter is not added again
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()

@@ -116,7 +116,7 @@ def test_a_run_over_two_hosts_survives_a_cut_cable(hosts: tuple[str, str], tmp_p
     seen, begun = len(steps(run)), time.monotonic()
     told = ends(first, TIMEOUT + 15)
     assert time.monotonic() - begun > 5, "the run was over before the cable was cut"
-    assert [code for code, _ in told] == [1, 1]
+    assert [code for code, _ in told] == [1, 1], told
     for (_, error), other, host in zip(told, (1, 0), hosts, strict=True):
         assert f"rank {other} of 2 is lost, last seen at step " in error, error
         assert f"node {other} " in error and "gave no sign of life for" in error, error

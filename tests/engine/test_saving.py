@@ -62,6 +62,7 @@ def behind(stage: int, folder: Path) -> dict[str, Any]:
         assert writer.is_saved()
         steps(engine, 1)
         seen = checkpoint.steps_in(folder / "checkpoints")
+        engine.ranks.barrier()  # the other rank has looked, too
         told.go_on.set()
         writer.join()
         assert torch.equal(torch.get_rng_state(), state), "the training's random numbers were used"
