@@ -55,6 +55,8 @@ def pulse_here() -> Pulse | None:
 
 def is_echo(error: BaseException) -> bool:
     """Whether an error only says that another rank hung up, or did not come."""
+    if isinstance(error, UserError) and isinstance(error.__cause__, Exception):
+        return is_echo(error.__cause__)  # as a checkpoint's that the others did not come to
     if isinstance(error, UserError | Lost):
         return False
     text = str(error)
@@ -72,7 +74,7 @@ def report(error: BaseException) -> bool:
         told = alone.tell(text, echo=isinstance(error, Lost) or is_echo(error))
         # A faulty config is met before there are logs, by all ranks alike: one of each machine says so.
         return told or (isinstance(error, UserError) and place.is_further(os.environ))
-    code = 2 if isinstance(error, UserError) else 1
+    code = 2 if isinstance(error, UserError) and not is_echo(error) else 1
     said = {"text": text, "when": time.time(), "echo": is_echo(error), "code": code}
     path = Path(os.environ[ERROR_FILE])
     try:

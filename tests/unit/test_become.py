@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sfumato import launch
 from sfumato.errors import UserError
 from sfumato.grammar import parse
 from sfumato.launch import alone, hosts, interface
@@ -170,3 +171,13 @@ def test_a_rank_that_comes_late_does_not_undo_what_another_has_told(tmp_path: Pa
     os.utime(mark, (1, 1))  # of an earlier start
     alone.remove_old(mark)
     assert alone.claim(mark)
+
+
+def test_a_mistake_that_others_caused_is_an_echo() -> None:
+    """As that of a checkpoint which the others did not come to."""
+    plain, caused, other = (
+        UserError("to save the run", "the ranks lost each other", "see") for _ in range(3)
+    )
+    caused.__cause__ = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms")
+    other.__cause__ = OSError("no space")
+    assert [launch.is_echo(error) for error in (plain, caused, other)] == [False, True, False]
