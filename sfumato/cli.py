@@ -50,7 +50,7 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         if not launch.report(error):
             print(error, file=sys.stderr)
-        return 2
+        return 1 if launch.is_echo(error) else 2
     except Stopped as stopped:
         if launch.supervised() or os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
