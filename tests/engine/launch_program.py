@@ -48,11 +48,13 @@ def meet(rank: int) -> socket.socket:
             time.sleep(0.05)
 
 
-def sleep_for_ever() -> None:
+def sleep_for_ever(ready: Callable[[], object] = int) -> None:
+    """ready: called once all that is to come before the sleep has happened."""
     # A loader worker stands for everything that a rank starts and that must end with it.
     deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
     subprocess.Popen([sys.executable, "-c", deaf, __file__])
     print("sleeping", flush=True)
+    ready()
     time.sleep(600)
 
 
@@ -113,8 +115,9 @@ def work(case: str, rank: int) -> int:
     elif case == "saves" or case == "one-stops" and rank == 0:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, _: save(number))
-        sleep_for_ever()
+        sleep_for_ever(int if case == "saves" else lambda: meet(rank))
     elif case == "one-stops":
+        meet(rank)
         return 75
     elif case == "cannot-save":
         signal.signal(signal.SIGTERM, lambda *_: fail_to_save(rank))

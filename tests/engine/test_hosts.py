@@ -173,6 +173,10 @@ def test_a_hostfile_over_ssh(hosts: tuple[str, str], tmp_path: Path) -> None:
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line == "sleeping\n", line + (process.stderr.read() if process.stderr and not line else "")
+    end = time.monotonic() + 60
+    while "sleeping" not in (logs / "rank-1.log").read_text():
+        assert time.monotonic() < end, "rank 1 does not come to work"
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (75, "saved 15\n"), error

@@ -146,12 +146,20 @@ class Slurm:
 
         def over() -> bool:
             now = self.job(number)
-            if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime":
+            # A start beside the old script's farewell would take that for its own end.
+            waits = now["JobState"] == "PENDING" and now["Reason"] == "BeginTime"
+            if waits and not self.steps(now["JobId"]):
                 self.say("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
             return now["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
         self.wait(number, over)
         return self.job(number)["ExitCode"].partition(":")[0]
+
+    def steps(self, job: str) -> list[psutil.Process]:
+        """The daemons of Slurm that hold what a job has started."""
+        title = f"slurmstepd: [{job}."
+        every = psutil.process_iter(["cmdline"])
+        return [each for each in every if " ".join(each.info["cmdline"] or ()).startswith(title)]
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.rglob("slurm-*.*")))
