@@ -1,7 +1,7 @@
 """What a training step is a pure function of, besides the weights."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,9 +85,30 @@ class Batch:
         """The same batch on a device; from pinned memory the copy does not wait."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; the DataLoader calls this by its name."""
-        return self.map(Tensor.pin_memory)
+
+class Words(NamedTuple):
+    """What a batch holds beside tensors."""
+
+    captions: list[str]
+    faults: tuple[Fault, ...]
+    encoded: bool
+    """Whether it has `text`, which may be empty."""
+
+
+def named(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor of a batch by a name: "ids", "draws.noise", "text/NAME"."""
+    found = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    found |= {f"draws.{name}": value for name, value in vars(batch.draws).items() if value is not None}
+    return found | {f"text/{name}": value for name, value in (batch.text or {}).items()}
+
+
+def rebuilt(tensors: Mapping[str, Tensor], words: Words) -> Batch:
+    """The batch whose tensors `named` has named."""
+    own = dict(tensors)
+    drawn: Any = {field.name: own.pop(f"draws.{field.name}", None) for field in fields(Draws)}
+    text = {name[5:]: own.pop(name) for name in [*own] if name.startswith("text/")}
+    rest: dict[str, Any] = {"text": text if words.encoded else None, "faults": words.faults, **own}
+    return Batch(captions=words.captions, draws=Draws(**drawn), **rest)
 
 
 def save(batches: Sequence[Batch], path: Path) -> None:
@@ -98,10 +119,8 @@ def save(batches: Sequence[Batch], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     words = []
     for micro, batch in enumerate(batches):
-        named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-        named |= {f"draws.{name}": value for name, value in vars(batch.draws).items() if value is not None}
-        named |= {f"text/{name}": value for name, value in (batch.text or {}).items()}
-        tensors |= {f"{micro}/{name}": value.detach().cpu().contiguous() for name, value in named.items()}
+        own = {name: value.detach().cpu().contiguous() for name, value in named(batch).items()}
+        tensors |= {f"{micro}/{name}": value for name, value in own.items()}
         words.append({"captions": batch.captions, "faults": batch.faults, "text": batch.text is not None})
     save_file(tensors, path, {"words": json.dumps(words)})
 
@@ -113,12 +132,8 @@ def read(path: Path) -> list[Batch]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     batches = []
     for micro, said in enumerate(words):
-        own = {
-            name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(f"{micro}/")
-        }
-        drawn = {field.name: own.pop(f"draws.{field.name}", None) for field in fields(Draws)}
-        text = {name[5:]: own.pop(name) for name in [*own] if name.startswith("text/")}
+        start = f"{micro}/"
+        own = {name.removeprefix(start): each for name, each in tensors.items() if name.startswith(start)}
         faults = tuple(Fault(*fault) for fault in said["faults"])
-        rest: dict[str, Any] = {"text": text if said["text"] else None, "faults": faults, **own}
-        batches.append(Batch(captions=said["captions"], draws=Draws(**drawn), **rest))
+        batches.append(rebuilt(own, Words(said["captions"], faults, said["text"])))
     return batches

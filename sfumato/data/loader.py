@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sfumato.config import Config
@@ -25,12 +24,13 @@ from sfumato.data.cached import Cached
 from sfumato.data.halves import Halves, shares
 from sfumato.data.index import Index
 from sfumato.data.order import Order, slice_of
+from sfumato.data.packed import Packed, packed
 from sfumato.data.samples import Samples, Wanted
 from sfumato.device import kind
 from sfumato.errors import UserError
 
 STUCK = 5.0  # seconds for a killed worker to be gone
-MOST_AHEAD = 64  # micro-batches made ahead; each waits as ten open files, of which 1024 are usual
+MOST_AHEAD = 64  # micro-batches made ahead; each waits as an open file, and in memory
 
 
 class Loader:
@@ -133,25 +133,25 @@ class Loader:
             batch_size=None,
             sampler=self.wanted(step),
             num_workers=workers,
-            collate_fn=unchanged,
+            collate_fn=handed_over,
             pin_memory=pinned,
             generator=torch.Generator(),  # torch draws a seed from it, else from the run's global generator
             **several,
         )
 
-    def next_batch(self, batches: Iterator[Batch | UserError], step: int, micro: int, pinned: bool) -> Batch:
+    def next_batch(self, batches: Iterator[Packed | UserError], step: int, micro: int, pinned: bool) -> Batch:
         """The next micro-batch, or the error of the worker that was to make it."""
         try:
-            batch = next(batches)
+            made = next(batches)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
             raise self.late(step, micro, str(error)) from error
-        if isinstance(batch, UserError):
-            raise batch
-        self.note(batch.faults)
-        # A worker's tensor holds a file descriptor for as long as it lives; a list of many would use them up.
-        return batch.map(Tensor.clone) if self.config.data.workers and not pinned else batch
+        if isinstance(made, UserError):
+            raise made
+        self.note(made.words.faults)
+        # A worker's memory holds an open file for as long as it lives; a list of many would use them up.
+        return made.opened(copy=bool(self.config.data.workers) and not pinned)
 
     def note(self, faults: Iterable[Fault]) -> None:
         """Write down the records that turned out to be unusable; UserError if they are too many."""
@@ -191,9 +191,9 @@ def read_faults(path: Path) -> list[str]:
     return [json.loads(line)["name"] for line in lines if line.endswith("}")]
 
 
-def unchanged(batch: Any) -> Any:
-    """In place of torch's collation: a worker already makes whole micro-batches."""
-    return batch
+def handed_over(made: Any) -> Packed | UserError:
+    """In place of torch's collation, as a worker already makes whole micro-batches."""
+    return made if isinstance(made, UserError) else packed(made)
 
 
 def begin_worker(_: int) -> None:

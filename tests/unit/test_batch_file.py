@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sfumato.data.batch import Batch, Draws, Fault, read, save
+from sfumato.data.packed import packed
 from tests.unit import batches
 
 
@@ -45,6 +46,7 @@ def check_same(one: Batch, other: Batch) -> None:
 
 
 def test_micro_batches_come_back_bit_for_bit(tmp_path: Path) -> None:
+    """From a file, and from the block in which a worker hands them over."""
     pixels = torch.full((2, 3, 64, 64), float("nan"))
     pixels[0, 0, 0, 0] = -0.0
     moments = torch.randn(2, 64, 8, 8)[:, ::8]  # not contiguous
@@ -57,6 +59,11 @@ def test_micro_batches_come_back_bit_for_bit(tmp_path: Path) -> None:
     save(several, tmp_path / "batch.safetensors")
     for one, other in zip(several, read(tmp_path / "batch.safetensors"), strict=True):
         check_same(one, other)
+    for each in several:
+        block = packed(each)
+        opened = block.opened(copy=True)
+        check_same(each, opened)
+        assert block.block.untyped_storage().data_ptr() != opened.ids.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("name", ["ids", "pixels", "captions", "noise"])

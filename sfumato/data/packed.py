@@ -1,0 +1,65 @@
+"""A micro-batch as one block of memory: what a worker process hands over.
+
+Every tensor that crosses a process takes an open file and a few messages, and each copy to a device a call;
+a batch has ten of them.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sfumato.data.batch import Batch, Words, named, rebuilt
+
+ALIGNED = 64  # bytes; what vector instructions and direct memory access like
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the block."""
+
+    start: int
+    """Bytes before it."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        """The byte behind its last one."""
+        return self.start + prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch whose tensors lie in one block; whoever opens it gets the batch that was packed, to the bit."""
+
+    block: Tensor
+    """(bytes,) uint8."""
+    places: dict[str, Place]
+    words: Words
+
+    def pin_memory(self) -> "Packed":
+        """The same in page-locked memory; the DataLoader calls this by its name."""
+        return Packed(self.block.pin_memory(), self.places, self.words)
+
+    def opened(self, copy: bool) -> Batch:
+        """The batch. copy: into memory of this process, so that the worker's is given back."""
+        block = self.block.clone() if copy else self.block
+        tensors = {
+            name: block[place.start : place.end].view(place.dtype).view(place.shape)
+            for name, place in self.places.items()
+        }
+        return rebuilt(tensors, self.words)
+
+
+def packed(batch: Batch) -> Packed:
+    """A batch on the CPU, copied into one block."""
+    tensors, places, end = named(batch), dict[str, Place](), 0
+    for name, tensor in tensors.items():
+        place = Place(-(-end // ALIGNED) * ALIGNED, tuple(tensor.shape), tensor.dtype)
+        places[name], end = place, place.end
+    block = torch.empty(end, dtype=torch.uint8)
+    for name, place in places.items():
+        block[place.start : place.end].view(place.dtype).view(place.shape).copy_(tensors[name])
+    return Packed(block, places, Words(batch.captions, batch.faults, batch.text is not None))
