@@ -226,6 +226,14 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def report(arguments: argparse.Namespace) -> int:
+    """Write the page of a run, or of several side by side."""
+    from sfumato.report import page
+
+    print(page.report(arguments.runs, arguments.out))
+    return 0
+
+
 def replay(arguments: argparse.Namespace) -> int:
     """Take a bad batch through the model again; 1 if its numbers are bad again."""
     if arguments.real:
@@ -273,9 +281,5 @@ def presets(arguments: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {
-    verb.__name__: verb
-    for verb in (
-        *(train, check, plan, doctor, data, cache, sample, bench, export, replay, demo, tiny, presets, slurm),
-    )
-}
+VERBS = {verb.__name__: verb for verb in (train, check, plan, doctor, data, cache, sample, bench, export)}
+VERBS |= {verb.__name__: verb for verb in (report, replay, demo, tiny, presets, slurm)}

@@ -47,6 +47,20 @@ def has_fused_adamw(device: "torch.device") -> bool:
     return device.type in FUSED
 
 
+def seed(device: "torch.device", number: int) -> None:
+    """Set torch's generators, on the CPU and on the device.
+
+    torch.manual_seed does the same for every kind of device that torch knows; for one that is not there it
+    notes where it was called, which takes milliseconds.
+    """
+    import torch
+
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)
+
+
 def synchronize(device: "torch.device") -> None:
     """Wait until the device has done all that it was told; a CPU does at once."""
     if device.type != "cpu":

@@ -91,6 +91,8 @@ def grammar() -> argparse.ArgumentParser:
 
     export_options(verb)
 
+    report_options(verb)
+
     command = verb("replay", "look again at a batch whose numbers were not finite")
     command.add_argument("folder", type=Path, help="such as runs/NAME/bad/step-000123")
 
@@ -209,6 +211,15 @@ def export_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
         "--push-to-hub", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, made if not there"
     )
     command.add_argument("--private", action="store_true", help="as a private repository")
+
+
+def report_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Whose page is written."""
+    command = verb("report", "write a run's page, or for several runs one that compares them")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, as runs/NAME")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: RUN/report.html, or compare.html beside the runs"
+    )
 
 
 def demo_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -24,7 +24,7 @@ from sfumato.variables import recorded
 
 FREE = frozenset(
     {"name", "output", "steps", "micro_batch_size", "engine", "checkpoint", "preview", "log", "export"}
-    | {"time_limit", "bad_numbers", "ema.snapshots", "environment"}
+    | {"time_limit", "bad_numbers", "ema.snapshots", "environment", "validation", "profile"}
     | {"data.source", "data.workers", "data.worker_timeout", "data.store", "data.cache", "data.max_faults"}
     | {"data.prior.source"}
     | {"model.weights", "model.vae", "model.variant"}
@@ -233,7 +233,7 @@ def compared(config: Config, fingerprint: str, saved: checkpoint.Saved) -> list[
     changes = dict(differences(known, config.model_dump(mode="json")))
     changes.pop(WANTED, None)
     if saved.state["data"] != fingerprint:
-        changes[DATA] = "the data are not those that it was trained on"
+        changes[DATA] = "the data are not those that it was trained on, or others are held out"
     accepted = config.checkpoint.accept
     harmful = [
         f"{name}: {text}" for name, text in changes.items() if not (free(name, config) or name in accepted)

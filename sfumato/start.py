@@ -64,7 +64,7 @@ def with_choice(config: Config, place: Ranks) -> Config:
 
 
 def settled(config: Config, plan: Plan) -> Config:
-    """The config with what the plan chose for `engine = "auto"`."""
+    """The config with what the plan chose of the engine: for `engine = "auto"`, and for a stage left open."""
     said = {"engine": plan.config.engine, "micro_batch_size": plan.config.micro_batch_size}
     return config.model_copy(update=said)
 

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import replace
 from functools import partial
-from itertools import chain, cycle
 from pathlib import Path
-from typing import Any
+from time import time
 
-import torch
 from torch import Tensor
 
 from sfumato import methods, run, start
@@ -17,9 +14,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch
 from sfumato.data.draws import torch_seed
 from sfumato.data.loader import Loader
-from sfumato.drawing.draw import draw
-from sfumato.drawing.pictures import write
-from sfumato.drawing.request import Sampling, shots
+from sfumato.device import seed
 from sfumato.engine import agreement, checkpoint
 from sfumato.engine.checkpoint import Writer
 from sfumato.engine.engine import Engine
@@ -31,11 +26,14 @@ from sfumato.mishaps import Mishaps
 from sfumato.models.family import Family
 from sfumato.models.loading import DTYPES
 from sfumato.objective import Objective
-from sfumato.report.clock import Clock
-from sfumato.report.progress import Progress
-from sfumato.report.spikes import Spikes, losses_in
+from sfumato.previews import Previews
+from sfumato.report import tally
+from sfumato.report.summary import accounted
+from sfumato.report.telling import Telling
 from sfumato.report.upload import after_run
 from sfumato.stopping import Stopping
+from sfumato.validation import Validation
+from sfumato.validation.points import Points
 from sfumato.watch import MARGIN, Watch
 
 
@@ -45,11 +43,13 @@ def train(config: Config) -> Path:
     Returns the folder of the exported model. All ranks call it together. Raises Stopped where the run was
     asked to end early; then it is saved.
     """
+    began = time()
     with Stopping(config.time_limit, config.folder / "stop", print) as stopping, ExitStack() as held:
         place, plan = start.begin(config, planned=True)
         config = start.settled(config, plan)
         held.enter_context(run.alone(config.folder, place))
-        saved = run.latest(config, plan.index.fingerprint, place, print)
+        saved = run.latest(config, plan.fingerprint, place, print)
+        starts = held.enter_context(accounted(config, place, began, saved.step if saved else 0))
         if place.first:
             run.write_records(config, place.world, str(place.device), plan.index)
         family = start.load_family(config, place)
@@ -58,6 +58,7 @@ def train(config: Config) -> Path:
             family.try_attention(config.engine.attention, DTYPES[config.engine.precision])
         method = methods.build(config, family)
         objective = Objective(config.objective, family.scheduler_config)
+        points = Points.of(config, plan.held, plan.cells, method, cached, place)
         draw = partial(method.draw, config.seed)
         weights = starting(method.weights(), draw, method.source_name, config.folder, place)
         engine = Engine(config, place, method.build, weights, method.settle)
@@ -67,55 +68,49 @@ def train(config: Config) -> Path:
         loader = Loader(config, plan.index, plan.cells, *latent, cached, place.rank, place.world)
         facts = {
             "config": config.model_dump(mode="json"),
-            "data": plan.index.fingerprint,
-            "records": sum(part.count for part in plan.index.parts[: plan.index.prior]),
+            "data": plan.fingerprint,
+            "records": plan.records,
             "family": plan.facts.family,
         }
-        lines, clock = config.folder / "metrics.jsonl", Clock()
         with (
-            Progress(
-                lines, config.steps, config.batch_size, start=engine.step_count, first=place.first
-            ) as told,
+            Telling(config, engine, starts, plan.cells.sizes, family.vae_factor) as told,
             Watch(place, config.engine.timeout) as watch,
             Writer(engine, facts, told.note, beside(config, family, told.note, place.first)) as writer,
             closing(loader.steps_from(engine.position)) as steps,
             stopping.together(place, config.engine.timeout + MARGIN),
         ):
             saves = {"checkpoint": config.checkpoint.every, "averages": config.ema.snapshots}
-            seen: dict[int, list[int]] = {}  # step -> samples of this rank
             mishaps = Mishaps(config, place, told.note, plan.index.name)
-            spikes = Spikes(config.bad_numbers.spike, losses_in(lines))
+            looks = (
+                Validation(engine, points, objective, watch, told.note, stopping.agreed),
+                Previews(engine, method, objective, watch, told.note),
+            )
             if config.bad_numbers.policy == "rollback" and saved is None:
                 writer.save()  # else there were nothing to go back to
+            with told.aside():
+                for look in looks:
+                    look()
             while not stopping.agreed(engine.step_count) and engine.step_count < config.steps:
                 watch.beat(engine.step_count, "waiting for data")
-                with clock.waiting():
+                with told.waiting():
                     batches = next(steps)
                 watch.beat(engine.step_count, "training")
                 if not applied(engine, method, objective, batches, mishaps, writer):
-                    told.back_to(engine.step_count)
-                    seen = {step: numbers for step, numbers in seen.items() if step <= engine.step_count}
+                    for record in (told, *looks):
+                        record.back_to(engine.step_count)
                     continue
-                seen[engine.step_count] = [number for batch in batches for number in batch.ids.tolist()]
+                told.trained(batches)
                 saving = [what for what, every in saves.items() if due(engine, every)]
                 if config.engine.compare_every and (saving or due(engine, config.engine.compare_every)):
                     agreement.check(engine)
                 if due(engine, config.log.every):
-                    metrics: dict[str, Any] = engine.metrics() | mishaps.metrics(engine)
-                    metrics |= {"data_seconds": clock.take(), "faults": loader.bad}
-                    if spikes.take(metrics["loss"]):
-                        told.note(spikes.describe(engine.step_count, metrics["loss"]))
-                    if config.log.samples:
-                        metrics["samples"] = sorted(chain(*place.gathered([*chain(*seen.values())])))
-                    told.step(engine.step_count, metrics | {"spike": spikes.now})
-                    seen = {}
+                    told.step(mishaps.metrics(engine) | {"faults": loader.bad})
                 with told.aside():
                     if saving:
                         watch.beat(engine.step_count, "copying what is to be saved")
                         writer.save(*saving)
-                    if config.preview.prompts and due(engine, config.preview.every):
-                        watch.beat(engine.step_count, "drawing the previews")
-                        preview(engine, method, objective, told.note)
+                    for look in looks:
+                        look()
             watch.beat(engine.step_count, "writing the last checkpoint")
             if not (writer.is_saved() or (saved is not None and saved.position == engine.position)):
                 save(writer)
@@ -177,48 +172,22 @@ def optimizer_step(engine: Engine, method: Method, objective: Objective, batches
     """Forward and backward over one global batch's micro-batches; True if the weights moved."""
     moved = False
     for batch in batches:
-        losses = losses_of(engine, method, objective, batch)
-        engine.backward(batch.weighed(losses))
+        engine.backward(*losses_of(engine, method, objective, batch))
         moved = engine.step()
     return moved
 
 
-def losses_of(engine: Engine, method: Method, objective: Objective, batch: Batch) -> Tensor:
-    """The losses (B,) of a micro-batch, with a graph: a pure function of the weights and the batch."""
+def losses_of(engine: Engine, method: Method, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The losses (B,) of a micro-batch, with a graph, and its tally: pure functions of weights and batch."""
     # For dropout inside the model; all other numbers were drawn by the loader.
-    torch.manual_seed(torch_seed(engine.config.seed, int(batch.ids[0]), int(batch.visits[0])))
+    seed(engine.ranks.device, torch_seed(engine.config.seed, int(batch.ids[0]), int(batch.visits[0])))
     batch = batch.to(engine.ranks.device)
     latents, condition = method.encode(batch)  # (B, c, h, w) fp32
-    return objective.losses(partial(engine, condition=condition), latents, batch.draws)
+    losses = objective.losses(partial(engine, condition=condition), latents, batch.draws)
+    losses = batch.weighed(losses)
+    return losses, tally.sums(objective, losses, latents, batch.draws)
 
 
 def due(engine: Engine, every: int | None) -> bool:
     """Whether something that happens every so many applied steps, and after the last one, happens now."""
     return every is not None and (engine.step_count % every == 0 or engine.step_count == engine.config.steps)
-
-
-def preview(engine: Engine, method: Method, objective: Objective, tell: Callable[[str], None]) -> None:
-    """Draw the preview's prompts, with the average of the weights if the run keeps one; all ranks do it.
-
-    tell: hears of pictures that could not be written, which end no run.
-    """
-    config, wanted = engine.config, engine.config.preview
-    pictures = cycle(map(Path, wanted.conditions))
-    asked = [replace(shot, condition=next(pictures, None)) for shot in shots(wanted.prompts, [wanted.seed])]
-    with engine.averaged(), engine.drawing() as module:
-        pipeline, family = method.pipeline(module, objective.process.sampler_settings())
-        drawings = draw(
-            pipeline,
-            asked,
-            Sampling(steps=wanted.steps, guidance=wanted.guidance, size=max(config.data.resolutions)),
-            family=family,
-            model=f"{config.name}, step {engine.step_count}",
-            rank=engine.ranks.rank,
-            world=engine.ranks.world,
-        )
-    if engine.ranks.first:
-        folder = config.folder / "images" / f"step-{engine.step_count:06d}"
-        try:
-            write(drawings, folder)
-        except OSError as error:
-            tell(f"the previews could not be written to {folder}: {error.strerror or error}")

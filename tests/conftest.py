@@ -11,11 +11,33 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 
 
 LONGEST = (
-    *("test_numbers", "test_text_encoders", "test_command", "test_data_runs", "test_training"),
-    *("test_demo_style", "test_dreambooth", "test_controlnet", "test_lora", "test_textual_inversion"),
-    *("test_data_index_processes", "test_checkpoint_export", "test_presets", "test_storm", "test_launch"),
-    *("test_hosts", "test_launch_others", "test_launch_nodes"),
-    *("test_bad_numbers", "test_replay", "test_ema", "test_agreement", "test_saving", "test_watch"),
+    *("test_storm", "test_slurm_real", "test_demo_style", "test_command", "test_offload", "test_hosts"),
+    *("test_text_encoders", "test_training", "test_textual_inversion", "test_controlnet", "test_numbers"),
+    *(
+        "test_nvme",
+        "test_validation",
+        "test_metrics",
+        "test_launch_others",
+        "test_launch_nodes",
+        "test_launch",
+    ),
+    *("test_data_runs", "test_lora", "test_bench_data", "test_planner_trace", "test_auto", "test_dreambooth"),
+    *(
+        "test_data_index_processes",
+        "test_same_again",
+        "test_checkpoint_export",
+        "test_presets",
+        "test_doctor",
+    ),
+    *("test_planner", "test_saving", "test_ema", "test_replay", "test_bad_numbers", "test_upload"),
+    *(
+        "test_sample_ranks",
+        "test_full_disk",
+        "test_planner_state",
+        "test_models_families",
+        "test_accelerator",
+    ),
+    *("test_drawing_command", "test_agreement", "test_watch", "test_data_workers", "test_report_browser"),
 )
 """The files that take longest, in that order: begun first, no worker is alone with one at the end."""
 

@@ -10,8 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 from sfumato import prior
+from sfumato.check.looks import looks
 from sfumato.check.rules import (
     IMAGES,
     check_conditions,
@@ -25,6 +27,7 @@ from sfumato.check.rules import (
 )
 from sfumato.config import Config
 from sfumato.data.buckets import Cells, reason
+from sfumato.data.held import Held, held_out, left_out
 from sfumato.data.index import Index, open_index
 from sfumato.engine.cells import check_cells
 from sfumato.engine.ds_keys import deepspeed_faults
@@ -34,7 +37,7 @@ from sfumato.errors import UserError
 from sfumato.models.folder import Facts, examine
 from sfumato.planner.ways import way_of
 from sfumato.prior import Pictures
-from sfumato.report import upload
+from sfumato.report import trackers, upload
 
 __all__ = ["Plan", "check", "check_folder"]
 
@@ -56,6 +59,19 @@ class Plan:
     """The prior's class images, where the model draws them."""
     missing: Sequence[int] = ()
     """Those of them that are not drawn; the index is without any then."""
+    held: Held | None = None
+    """What the validation looks at, if there is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data that are trained on."""
+        held = self.held.name if self.held is not None else ""
+        return f"{self.index.fingerprint}-{held}" if held else self.index.fingerprint
+
+    @property
+    def records(self) -> int:
+        """How many are trained on, without the prior's."""
+        return sum(part.count for part in self.index.parts[: self.index.prior]) - len(left_out(self.held))
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Pairs of a heading and what is planned."""
@@ -96,6 +112,7 @@ class Plan:
         counts = self.cells.counts[:, : self.index.prior].sum(1) * (2 if data.prior else 1)
         if small := int((counts < self.config.batch_size).sum()):
             yield "", f"of {small} there are fewer images than a batch holds, which then shows some twice"
+        yield from looks(self.config, self.held, self.world)
         if faults := self.index.facts["faults"]:
             yield "faults", f"{faults:,} unusable, as listed in {self.index.folder / 'faults.jsonl'}"
         if unplaced := len(self.cells.unplaced):
@@ -134,7 +151,8 @@ def check(
     Raises one UserError with all that was found.
     """
     faults: list[UserError] = []
-    steps, facts, index, cells, parameters, pictures = 0, None, None, None, None, None
+    steps, facts, index, cells, parameters, pictures, held = 0, None, None, None, None, None, None
+    config = config.on(world)
     data, missing = config.data, list[int]()
     with noted(faults):
         steps = config.accumulation(world)
@@ -161,22 +179,31 @@ def check(
         check_views(config)
         index = open_index(data, digests=data.cache in IMAGES, verify=verify, tell=tell)
         index.check_faults(data)
-        cells = Cells.build(index.folder, data, index.sizes, index.part, len(index.parts))
+        held = held_out(config.validation, data, index, verify, tell)
+        cells = Cells.build(
+            index.folder, data, index.sizes, index.part, len(index.parts), without=left_out(held)
+        )
     with noted(faults):
         parameters = check_method(config, facts, index)
-    with noted(faults):
-        check_conditions(config)
-    with noted(faults):
-        check_folder(config, facts, parameters or 0)
-    with noted(faults):
-        check_host(config, world, local or world, parameters or 0)
-    with noted(faults):
-        upload.check(config.export.push_to_hub)
+    for look in around(config, facts, parameters or 0, world, local or world):
+        with noted(faults):
+            look()
     if faults:
         raise joined(faults, f'the run "{config.name}"')
     assert facts and index and cells, "a part is missing, yet nothing was found wrong"
-    found = facts, index, cells, parameters, pictures, tuple(missing)
+    found = facts, index, cells, parameters, pictures, tuple(missing), held
     return Plan(config, world, accelerator, steps, *found)
+
+
+def around(
+    config: Config, facts: Facts | None, parameters: int, world: int, local: int
+) -> Iterator[Callable[[], None]]:
+    """Checks of what lies around a run: second images, its folder, the machine, and those that it tells."""
+    yield partial(check_conditions, config)
+    yield partial(check_folder, config, facts, parameters)
+    yield partial(check_host, config, world, local, parameters)
+    yield partial(upload.check, config.export.push_to_hub)
+    yield partial(trackers.check, config)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sfumato.config import Config, Data
 from sfumato.data.index import Index
-from sfumato.engine.offload import host_memory
+from sfumato.engine.ds_config import SUB_GROUP
+from sfumato.engine.offload import check_disk, host_memory
 from sfumato.engine.profiles import kinds
 from sfumato.engine.published import checkpoints_in, steps_in
 from sfumato.engine.size import (
@@ -142,14 +143,14 @@ def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
 
 
 def check_host(config: Config, world: int, local: int, parameters: int) -> None:
-    """Raise UserError where what offload moves here is more than this machine's memory.
+    """Raise UserError where what offload moves here is more than this machine's memory or its disk.
 
     parameters: numbers that learn. local: ranks of `world` on this machine. Less is needed by no run: what
     waits on its way, and what the processes themselves take, comes on top.
     """
     engine = config.engine
     moved = 4 * (1 + STATES[config.optimizer.name] + len(kinds(config.ema)))
-    one = moved * (engine.offload_optimizer != "none")
+    one = moved * (engine.offload_optimizer == "cpu")
     one += BYTES[engine.precision] * (engine.offload_parameters != "none")
     needed, there = one * parameters * local // world, host_memory()
     if needed > there:
@@ -160,3 +161,8 @@ def check_host(config: Config, world: int, local: int, parameters: int) -> None:
             "offload less, or take a machine with more memory or more machines; `sfumato plan` with "
             f"--host-memory {there / 1e9:.0f} says what fits",
         )
+    if engine.offload_optimizer == "nvme" and engine.nvme_path is not None:
+        theirs = engine.deepspeed.get("zero_optimization", {})
+        group = min(theirs.get("sub_group_size", SUB_GROUP), parameters // world)
+        # All of it, and a copy for a checkpoint.
+        check_disk(config, 2 * moved * parameters * local // world, group)

@@ -21,6 +21,8 @@ from sfumato.config.training import (
     Log,
     Optimizer,
     Preview,
+    Profile,
+    Validation,
 )
 
 __all__ = [
@@ -47,11 +49,13 @@ __all__ = [
     "Part",
     "Preview",
     "Prior",
+    "Profile",
     "Section",
     "Tags",
     "TextualInversion",
     "UniformTimesteps",
     "UniformWeight",
+    "Validation",
     "find",
     "load",
     "parse",

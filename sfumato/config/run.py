@@ -10,7 +10,18 @@ from sfumato.config.environment import texts
 from sfumato.config.method import ControlNet, Full, LoRA, Model, TextualInversion
 from sfumato.config.objective import Objective
 from sfumato.config.section import Section, named
-from sfumato.config.training import BadNumbers, Checkpoint, Ema, Engine, Export, Log, Optimizer, Preview
+from sfumato.config.training import (
+    BadNumbers,
+    Checkpoint,
+    Ema,
+    Engine,
+    Export,
+    Log,
+    Optimizer,
+    Preview,
+    Profile,
+    Validation,
+)
 from sfumato.errors import UserError
 
 Method = Full | LoRA | ControlNet | TextualInversion
@@ -44,7 +55,10 @@ class Config(Section):
     bad_numbers: BadNumbers = BadNumbers()
     checkpoint: Checkpoint = Checkpoint()
     preview: Preview = Preview()
+    validation: Validation | None = None
+    """Unset: none; `true` or an empty table takes the usual one."""
     log: Log = Log()
+    profile: Profile = Profile()
     export: Export = Export()
     environment: dict[str, str] = {}
     """Environment variables that every rank gets before torch starts, such as NCCL_DEBUG = "INFO"; they win
@@ -52,6 +66,11 @@ class Config(Section):
 
     _environment = field_validator("environment", mode="before")(texts)
     _named = field_validator("method", mode="before")(named("full"))
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _usual(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -86,6 +105,17 @@ class Config(Section):
                 f"set batch_size to a multiple of {share}, or take a smaller micro_batch_size",
             )
         return self.batch_size // share
+
+    def on(self, world: int) -> "Config":
+        """The config as it runs on so many ranks: with the ZeRO stage, where none is set."""
+        engine = self.engine
+        # On one rank there is nothing to cut up, and DeepSpeed's books cost time for each parameter. In half
+        # precision stage 1 holds the fp32 weights that stage 0 has not.
+        asked = "zero_stage" in engine.model_fields_set or engine.auto or engine.deepspeed
+        moved = engine.offload_optimizer != "none" or engine.offload_parameters != "none"
+        if world > 1 or engine.precision != "fp32" or asked or moved:
+            return self
+        return self.model_copy(update={"engine": engine.model_copy(update={"zero_stage": 0})})
 
     @model_validator(mode="after")
     def _whole(self) -> "Config":

@@ -1,5 +1,6 @@
 """How the weights move, on what, and what a run keeps and tells."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -55,12 +56,15 @@ class Engine(Section):
     """How DeepSpeed holds and moves the numbers."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded over the ranks: 1 optimizer states, 2 and gradients, 3 and weights."""
+    """What is sharded over the ranks: 1 optimizer states, 2 and gradients, 3 and weights. Unset: 1, but 0
+    on one rank in fp32, as there is nothing to shard."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where fp32 weights, optimizer states and averages live and the step is made; "cpu" needs zero_stage 1,
-    2 or 3, "nvme" is refused."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where the weights wait until their layer is computed; "cpu" needs zero_stage = 3, "nvme" is refused."""
+    """Where fp32 weights, optimizer states and averages wait for the step, which the processor then makes;
+    "cpu" needs zero_stage 1, 2 or 3, and "nvme", the disk of `nvme_path`, zero_stage = 3."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where the weights wait until their layer is computed; "cpu" needs zero_stage = 3."""
+    nvme_path: Path | None = None
+    """A folder on a fast local disk; each process of a run makes one of its own there, gone with its end."""
     pin_memory: bool = True
     """Offload to page-locked memory, which copies faster; false where the system allows too little of it."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -143,6 +147,20 @@ class Preview(Section):
     """Weight of classifier-free guidance; 1 and less is without."""
 
 
+class Validation(Section):
+    """The loss of records that are never trained on, at fixed noise levels and with fixed noise."""
+
+    samples: int = Field(32, ge=1)
+    """How many records; they are held out of the data, or are of `source`."""
+    source: str | None = Field(None, min_length=1)
+    """A place of their own, whose records are told apart as [data] says; unset: they are taken out of the
+    data, and no step trains on them."""
+    every: int = Field(500, ge=1)
+    """Applied steps between two validations; there is one before the first step and after the last, too."""
+    quantiles: int = Field(8, ge=1, le=1000)
+    """Noise levels: the middles of so many equal parts of the schedule."""
+
+
 class Log(Section):
     """What is said while training."""
 
@@ -150,6 +168,38 @@ class Log(Section):
     """Applied steps between two lines of metrics.jsonl; each line is a mean over that many."""
     samples: bool = False
     """Tell the samples of those steps in each line, by their numbers in the index."""
+    weights_every: int = Field(100, ge=1)
+    """Applied steps between two measurements of the weights themselves: their norm, and how far the average
+    is from them."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Who is told the same as metrics.jsonl, and shown the previews; docs/metrics.md has each one's extra."""
+    project: str = Field("sfumato", min_length=1)
+    """What the trackers file the run under; TensorBoard has no projects."""
+    offline: bool = False
+    """Let no tracker use the network: W&B keeps what `wandb sync` sends later, MLflow a file in `output`."""
+    window: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (100, 199)
+    """First and last step of those whose speed the summary at the end gives."""
+    report_seconds: float = Field(30.0, gt=0)
+    """Seconds between two writings of report.html."""
+
+    @model_validator(mode="after")
+    def _window(self) -> "Log":
+        if self.window[0] > self.window[1]:
+            raise ValueError(f"log.window = {list(self.window)} ends before it begins")
+        return self
+
+
+class Profile(Section):
+    """Where the time of a few steps goes; what is found lies in the run's folder, in `profile`."""
+
+    start: int | None = Field(None, ge=0)
+    """torch's profiler begins after so many applied steps of the run, on the first rank; unset: never."""
+    steps: int = Field(3, ge=1)
+    """Optimizer steps that it watches."""
+    flops: int | None = Field(None, ge=1)
+    """DeepSpeed's flops profiler counts this optimizer step of a start, on the first rank; unset: none."""
+    breakdown: bool = False
+    """Write DeepSpeed's wall-clock breakdown of every step, which waits for the device many times in each."""
 
 
 class Export(Section):

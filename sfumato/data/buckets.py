@@ -28,6 +28,7 @@ CHUNK = 2**18  # records at a time: about 50 MB
 SHARE = 2**20  # shares are summed as whole numbers of 1 / SHARE, so that their order is of no matter
 SIDE = 2**20  # more than any side
 STALE = 86400.0  # seconds; nothing is built for so long
+NONE = np.zeros(0, np.int64)
 
 
 class Described(NamedTuple):
@@ -74,12 +75,19 @@ class Cells:
 
     @staticmethod
     def build(
-        folder: Path, data: Data, sizes: np.ndarray, part: np.ndarray, parts: int, chunk: int = CHUNK
+        folder: Path,
+        data: Data,
+        sizes: np.ndarray,
+        part: np.ndarray,
+        parts: int,
+        chunk: int = CHUNK,
+        without: np.ndarray = NONE,
     ) -> "Cells":
         """Make the cells of these settings in a folder of their own below `folder`, or open them.
 
         sizes: (N, 2), height and width. part: (N,), < parts. Both are files that are replaced, never changed;
         of arrays in memory only the length is looked at to tell whether finished cells are theirs.
+        without: (k,) int64, ascending: numbers of records that are left out of all cells.
         Raises UserError if no record has a bucket, or if they cannot be written.
         """
         assert len(sizes) == len(part) > 0, f"{len(sizes)} sizes, {len(part)} parts of records"
@@ -87,6 +95,8 @@ class Cells:
         files = [array.filename for array in (sizes, part) if isinstance(array, np.memmap) and array.filename]
         made = [os.stat(file).st_mtime_ns for file in files]
         told = json.dumps([FORMAT, data.resolutions, settings, len(sizes), parts, made])
+        if len(without):
+            told += hashlib.sha256(without.tobytes()).hexdigest()
         name = f"cells-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
         if (folder / name).is_dir():
             return Cells(folder / name)
@@ -96,7 +106,7 @@ class Cells:
         draft = folder / f".{name}-{uuid.uuid4().hex}.part"
         try:
             draft.mkdir()
-            Draft(draft, data, sizes, part, parts, chunk).write()
+            Draft(draft, data, sizes, part, parts, chunk, without).write()
             draft.rename(folder / name)
         except OSError as error:
             # Another process may have been faster; its cells are the same.
@@ -138,10 +148,17 @@ class Draft:
     """Writes the cells of some settings into an empty folder, in two walks through the records."""
 
     def __init__(
-        self, folder: Path, data: Data, sizes: np.ndarray, part: np.ndarray, parts: int, chunk: int
+        self,
+        folder: Path,
+        data: Data,
+        sizes: np.ndarray,
+        part: np.ndarray,
+        parts: int,
+        chunk: int,
+        without: np.ndarray,
     ) -> None:
         self.folder, self.data, self.sizes, self.part, self.parts = folder, data, sizes, part, parts
-        self.chunk = chunk
+        self.chunk, self.without = chunk, without
         self.dtype = np.dtype("<u4" if len(sizes) <= 2**32 else "<u8")
         self.buckets: list[tuple[np.ndarray, np.ndarray]] = []
         """Of each resolution: the codes of the sizes that records have, ascending, and their buckets."""
@@ -195,17 +212,24 @@ class Draft:
             assert part.max() < self.parts, f"part {part.max()} of {self.parts} from {start} on"
             yield start, pictures, part
 
-    def coded(self, pictures: np.ndarray, base: int) -> np.ndarray:
+    def coded(self, start: int, pictures: np.ndarray, base: int) -> np.ndarray:
         """What `pictures` (n, 2) are trained at, as height * SIDE + width (n,); 0: no bucket."""
         found = targets(pictures[:, 0], pictures[:, 1], self.data, base)
-        return found[:, 0] * SIDE + found[:, 1]
+        code = found[:, 0] * SIDE + found[:, 1]
+        code[self.left_out(start, len(pictures))] = 0
+        return code
+
+    def left_out(self, start: int, count: int) -> np.ndarray:
+        """Which of `count` records from `start` on are in no cell by wish, counted from there."""
+        first, end = np.searchsorted(self.without, [start, start + count])
+        return self.without[first:end] - start
 
     def count(self) -> list[Counter[tuple[int, int]]]:
         """The records of each (code of a size, part), for each resolution."""
         held = [Counter[tuple[int, int]]() for _ in self.data.resolutions]
-        for _, pictures, part in self.chunks():
+        for start, pictures, part in self.chunks():
             for cells, base in zip(held, self.data.resolutions, strict=True):
-                code = self.coded(pictures, base)
+                code = self.coded(start, pictures, base)
                 pairs, records = np.unique((code * self.parts + part)[code > 0], return_counts=True)
                 for pair, number in zip(pairs.tolist(), records.tolist(), strict=True):
                     cells[divmod(pair, self.parts)] += number
@@ -220,7 +244,7 @@ class Draft:
             for start, pictures, part in self.chunks():
                 lost = np.ones(len(pictures), bool)
                 for base, (codes, buckets) in zip(self.data.resolutions, self.buckets, strict=True):
-                    code = self.coded(pictures, base)
+                    code = self.coded(start, pictures, base)
                     rows = np.flatnonzero(code)
                     lost[rows] = False
                     bucket = buckets[np.searchsorted(codes, code[rows])]
@@ -234,6 +258,7 @@ class Draft:
                             members.seek(free[cell[run[0]]] * self.dtype.itemsize)
                             members.write((start + rows[run]).astype(self.dtype).tobytes())
                             free[cell[run[0]]] += len(run)
+                lost[self.left_out(start, len(pictures))] = False
                 others.write((start + np.flatnonzero(lost)).astype(self.dtype).tobytes())
         assert free == ends.tolist(), "the records of a second walk are not those of the first"
         return cropped.tolist()

@@ -10,6 +10,7 @@ import numpy as np
 # The streams of a sample. A number, once given, is never given to another purpose: a new stream then
 # changes no older one, and an old run can be repeated.
 CROP, FLIP, CAPTION, DROPOUT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, TAGS, MODEL = range(1, 12)
+HELD = 12  # the noise of a record that is held out, whose visit is a noise level
 # The stream of the whole data set: the order of an epoch.
 ORDER = 64
 BATCHES = 65  # which bucket a step takes

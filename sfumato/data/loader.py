@@ -6,13 +6,18 @@ where a run was resumed.
 
 import atexit
 import json
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
+from itertools import count
 from math import ceil
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -64,12 +69,16 @@ class Loader:
         """Records known to be unusable: those of the index, and those that this rank came upon."""
         return int(self.index.facts["faults"]) + len(self.faults)
 
-    def wanted(self, step: int) -> Iterator[Wanted]:
-        """The numbers of every micro-batch of this rank, from a step on, without end."""
-        while True:
+    def places(self, step: int) -> Iterator[tuple[int, int]]:
+        """Step and number of every micro-batch of this rank, from a step on, without end."""
+        for later in count(step):
             for micro in range(self.accumulation):
-                yield self.share(step, micro)
-            step += 1
+                yield later, micro
+
+    def __getitem__(self, place: tuple[int, int]) -> Packed | UserError:
+        """One of this rank's micro-batches, or why there is none; made where it is asked for, in a worker."""
+        made = self.samples[self.share(*place)]
+        return made if isinstance(made, UserError) else packed(made)
 
     def share(self, step: int, micro: int) -> Wanted:
         """The numbers of one of this rank's micro-batches."""
@@ -126,14 +135,14 @@ class Loader:
                 "timeout": self.config.data.worker_timeout,
                 # The whole next step is made while this one is trained on.
                 "prefetch_factor": max(2, min(ceil(self.accumulation / workers), MOST_AHEAD // workers)),
-                "worker_init_fn": begin_worker,
+                "worker_init_fn": partial(begin_worker, os.getpid()),
             }
         return DataLoader(
-            self.samples,
+            cast(Any, self),
             batch_size=None,
-            sampler=self.wanted(step),
+            sampler=self.places(step),
             num_workers=workers,
-            collate_fn=handed_over,
+            collate_fn=unchanged,
             pin_memory=pinned,
             generator=torch.Generator(),  # torch draws a seed from it, else from the run's global generator
             **several,
@@ -191,24 +200,35 @@ def read_faults(path: Path) -> list[str]:
     return [json.loads(line)["name"] for line in lines if line.endswith("}")]
 
 
-def handed_over(made: Any) -> Packed | UserError:
+def unchanged(made: Any) -> Any:
     """In place of torch's collation, as a worker already makes whole micro-batches."""
-    return made if isinstance(made, UserError) else packed(made)
+    return made
 
 
-def begin_worker(_: int) -> None:
-    """Settle a worker process: one thread, and no signal of the run's own.
+def begin_worker(parent: int, _: int) -> None:
+    """Settle a worker process: one thread for torch, no signal of the run's own, and no life after the run's.
 
     Slurm and the terminal send their signals to every process; a worker that died of one would take away
     the batches that the main process still needs to end in good order.
     """
     torch.set_num_threads(1)
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     sys.excepthook = told_unless_alone
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with(parent: int) -> None:
+    """End this process within a second of that one.
+
+    torch's own watch does not end a worker that still writes into a full pipe, which nobody reads.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def told_unless_alone(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -1,17 +1,19 @@
 """A micro-batch as one block of memory: what a worker process hands over.
 
-Every tensor that crosses a process takes an open file and a few messages, and each copy to a device a call;
-a batch has ten of them.
+Every tensor that comes from a process takes an open file and a handshake, about a millisecond, and a batch
+has ten of them. A large block is one; a small one comes through the workers' pipe, as numpy's arrays do.
 """
 
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.data.batch import Batch, Words, named, rebuilt
 
+SMALL = 2**20  # bytes that a pipe takes in less time than a handshake
 ALIGNED = 64  # bytes; what vector instructions and direct memory access like
 
 
@@ -34,18 +36,18 @@ class Place:
 class Packed:
     """A batch whose tensors lie in one block; whoever opens it gets the batch that was packed, to the bit."""
 
-    block: Tensor
-    """(bytes,) uint8."""
+    block: Tensor | np.ndarray
+    """(bytes,) uint8, in memory that processes share or, where it is small, of this process."""
     places: dict[str, Place]
     words: Words
 
     def pin_memory(self) -> "Packed":
         """The same in page-locked memory; the DataLoader calls this by its name."""
-        return Packed(self.block.pin_memory(), self.places, self.words)
+        return Packed(torch.as_tensor(self.block).pin_memory(), self.places, self.words)
 
     def opened(self, copy: bool) -> Batch:
-        """The batch. copy: into memory of this process, so that the worker's is given back."""
-        block = self.block.clone() if copy else self.block
+        """The batch. copy: what lies in shared memory is copied, so that a worker gets that back."""
+        block = self.block.clone() if copy and isinstance(self.block, Tensor) else torch.as_tensor(self.block)
         tensors = {
             name: block[place.start : place.end].view(place.dtype).view(place.shape)
             for name, place in self.places.items()
@@ -62,4 +64,5 @@ def packed(batch: Batch) -> Packed:
     block = torch.empty(end, dtype=torch.uint8)
     for name, place in places.items():
         block[place.start : place.end].view(place.dtype).view(place.shape).copy_(tensors[name])
-    return Packed(block, places, Words(batch.captions, batch.faults, batch.text is not None))
+    words = Words(batch.captions, batch.faults, batch.text is not None)
+    return Packed(block if end > SMALL else block.numpy(), places, words)

@@ -15,6 +15,7 @@ import torch
 from sfumato.engine import profiles, shards
 from sfumato.engine.content import learning, own_tensors
 from sfumato.engine.engine import Engine
+from sfumato.engine.optimizer import STATES
 from sfumato.engine.published import FORMAT, MANIFEST, checkpoint_of, path_of, steps_in, sync
 from sfumato.engine.saved import Saved
 from sfumato.engine.writer import Writer
@@ -34,9 +35,6 @@ __all__ = [
     "steps_in",
     "sync",
 ]
-
-STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
-"""What each optimizer remembers of a weight."""
 
 
 def save(
@@ -75,7 +73,7 @@ def load(engine: Engine, saved: Saved) -> None:
     optimizer, own = engine.deepspeed.basic_optimizer, STATES[engine.config.optimizer.name]
     known = saved.kinds.issuperset(own)
     averages = profiles.kinds(engine.config.ema)
-    for shard in shards.owned(engine.deepspeed):
+    for shard in shards.owned(engine.deepspeed, writing=True):
         state = optimizer.state[shard.flat]
         for kind in averages:
             if kind not in saved.kinds:

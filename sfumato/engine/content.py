@@ -16,14 +16,32 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "n
 
 
 def slices(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """This rank's slices of weights and optimizer states, kind/parameter/start, as views of live memory."""
+    """This rank's slices of weights and optimizer states, kind/parameter/start, as views of live memory.
+
+    One that waits on a disk is there until the next is asked for.
+    """
     if engine.config.engine.zero_stage == 0 and not engine.ranks.first:
         return  # at stage 0 every rank holds the same
     for shard in shards.owned(engine.deepspeed):
         yield f"weight/{shard.name}/{shard.start}", shard.master
-        for kind, state in engine.deepspeed.basic_optimizer.state.get(shard.flat, {}).items():
-            if torch.is_tensor(state) and state.numel() == shard.flat.numel() and kind != "step":
-                yield f"{kind}/{shard.name}/{shard.start}", shard.view(state)
+        for kind, state in states(engine, shard):
+            yield f"{kind}/{shard.name}/{shard.start}", shard.view(state)
+
+
+def layout(engine: Engine) -> Iterator[tuple[str, int]]:
+    """The names of `slices` and how many numbers each has; nothing is read from a disk."""
+    if engine.config.engine.zero_stage == 0 and not engine.ranks.first:
+        return
+    for shard in shards.listed(engine.deepspeed):
+        for kind in ("weight", *(kind for kind, _ in states(engine, shard))):
+            yield f"{kind}/{shard.name}/{shard.start}", shard.length
+
+
+def states(engine: Engine, shard: shards.Shard) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's states of a shard's whole tensor, by kind."""
+    for kind, state in engine.deepspeed.basic_optimizer.state.get(shard.flat, {}).items():
+        if torch.is_tensor(state) and state.numel() == shard.flat.numel() and kind != "step":
+            yield kind, state
 
 
 def own_tensors(engine: Engine) -> dict[str, Tensor]:

@@ -4,9 +4,12 @@ Every key whose value changes numbers is written, because DeepSpeed's defaults m
 missing gradient_clipping means 1.0 since 0.19.3) and unknown top-level keys pass in silence.
 """
 
+from pathlib import Path
 from typing import Any
 
-from sfumato.config import Config, Engine
+from sfumato.config import Config
+from sfumato.engine.profiles import kinds
+from sfumato.engine.size import STATES
 from sfumato.errors import UserError
 
 OWNED: dict[str, str] = {
@@ -25,6 +28,8 @@ OWNED: dict[str, str] = {
     "zero_optimization.stage": "engine.zero_stage",
     "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
     "zero_optimization.offload_optimizer.pin_memory": "engine.pin_memory",
+    "zero_optimization.offload_optimizer.nvme_path": "engine.nvme_path",
+    "zero_optimization.offload_optimizer.buffer_count": "engine.offload_optimizer",
     "zero_optimization.offload_param.device": "engine.offload_parameters",
     "zero_optimization.offload_param.pin_memory": "engine.pin_memory",
     "zero_optimization.cpu_offload": "engine.offload_optimizer",
@@ -38,6 +43,9 @@ OWNED: dict[str, str] = {
     "steps_per_print": "log.every",
 }
 """DeepSpeed keys that a setting of ours decides: dotted DeepSpeed key -> our setting's name."""
+SUB_GROUP = 50_000_000
+"""Numbers that are stepped at once where they are read from a disk. DeepSpeed keeps page-locked room for a
+group's weights, gradients and every state: its own billion would take 20 GB of memory with AdamW."""
 BUCKET = 50_000_000
 """Numbers of a gradient that are summed over the ranks at once, at stages 1 to 3. DeepSpeed makes room for
 all of them, also for a small model: its own 500 million take 1 to 2 GB of a card."""
@@ -52,10 +60,13 @@ def autocast(config: Config) -> bool:
     return config.engine.precision == "bf16" and config.engine.zero_stage == 0
 
 
-def ds_config(config: Config, world: int, learning: int | None = None) -> dict[str, Any]:
+def ds_config(
+    config: Config, world: int, learning: int | None = None, swap: Path | None = None
+) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a run on `world` ranks.
 
-    learning: numbers that learn, where that is known; buckets are no larger.
+    learning: numbers that learn, where that is known; buckets are no larger. swap: the process's own folder
+    in `engine.nvme_path`.
     """
     engine, steps = config.engine, config.accumulation(world)
     low = engine.precision != "fp32" and not autocast(config)
@@ -85,23 +96,39 @@ def ds_config(config: Config, world: int, learning: int | None = None) -> dict[s
             # DeepSpeed's own linear layer rounds once more in half precision than torch's.
             "memory_efficient_linear": False,
         }
-        | offloaded(engine),
+        | offloaded(config, swap),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "wall_clock_breakdown": False,
+        "wall_clock_breakdown": config.profile.breakdown,
+        "flops_profiler": flops_profiler(config),
         "steps_per_print": 2**62,
     }
     return merge(ours, engine.deepspeed)
 
 
-def offloaded(engine: Engine) -> dict[str, Any]:
+def flops_profiler(config: Config) -> dict[str, Any]:
+    """DeepSpeed's keys for the one step whose arithmetic it counts."""
+    step = config.profile.flops
+    file = config.folder / "profile" / "flops.txt"
+    # It counts steps from zero, and warns of an enabled one that has no step.
+    return {"enabled": step is not None, "profile_step": (step or 1) - 1, "output_file": str(file)}
+
+
+def offloaded(config: Config, swap: Path | None = None) -> dict[str, Any]:
     """DeepSpeed's keys for what does not stay on the device; none if all of it does."""
+    engine = config.engine
     wanted = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
-    return {
+    found: dict[str, Any] = {
         key: {"device": device, "pin_memory": engine.pin_memory}
         for key, device in wanted.items()
         if device != "none"
     }
+    if engine.offload_optimizer == "nvme":
+        # A group's weights and gradients, and each of its states.
+        count = 2 + STATES[config.optimizer.name] + len(kinds(config.ema))
+        found["offload_optimizer"] |= {"nvme_path": str(swap or engine.nvme_path), "buffer_count": count}
+        found["sub_group_size"] = SUB_GROUP
+    return found
 
 
 def merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,6 +45,13 @@ REFUSED: dict[str, tuple[str, str]] = {
         ),
         ("it steps with an optimizer of DeepSpeed's own, which keeps no averages", "remove it"),
     ),
+    **dict.fromkeys(
+        (
+            "zero_optimization.offload_optimizer.pipeline_read",
+            "zero_optimization.offload_optimizer.pipeline_write",
+        ),
+        ("what it reads ahead from a disk was compared with no run in memory", "remove it"),
+    ),
 }
 """DeepSpeed keys under which a run would not be what it says: dotted key -> why, and what to do."""
 

@@ -65,7 +65,7 @@ def swapped(engine: Any, kind: str) -> Iterator[None]:
 def exchange(engine: Any, kind: str) -> None:
     """Let this rank's masters and their averages change places."""
     states = engine.basic_optimizer.state
-    for shard in shards.owned(engine):
+    for shard in shards.owned(engine, writing=True):
         average = states[shard.flat].get(kind)
         if average is not None:
             master, other = shard.master, shard.view(average)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.config import Config
-from sfumato.engine import ema, offload, optimizer, profiles, shards
+from sfumato.engine import ema, offload, optimizer, profiles, reader, shards, swap
 from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.scale import LossScale
@@ -68,17 +68,17 @@ class Engine:
         """Whether the module computes with an average at this moment."""
         self._micro = 0
         self._losses: list[Tensor] = []
-        self._applied: dict[int, Tensor] = {}
+        self._sums: list[Tensor] = []
+        self._attempts = 0
+        self._applied: dict[int, Tensor] = {}  # step -> the loss, and the sums of `backward`
         module = self._build(build, ds_config(config, ranks.world))
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         assert trained, "the method's module has no parameter that learns"
-        settings = ds_config(config, ranks.world, sum(shards.size_of(p) for p in trained.values()))
-        base = optimizer.build(config, trained, offload.stepping(config, ranks.device))
-        # DeepSpeed takes parameters and optimizer together; without the list it would pass frozen ones too.
-        with redirect_stdout(io.StringIO()):  # some of its optimizers print memory figures
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=module, optimizer=base, model_parameters=[*trained.values()], config=settings
-            )
+        self._start(module, trained)
+        self._trained = [*trained.values()]
+        if ranks.world == 1 and config.engine.zero_stage == 0:
+            # It would copy every gradient into a bucket and back, to add it to nothing.
+            self.deepspeed.enable_backward_allreduce = False
         weights.check(self.deepspeed.module)
         shards.fill_frozen(self.deepspeed, weights)
         shards.fill(self.deepspeed, weights)
@@ -89,6 +89,26 @@ class Engine:
         self._nothing = torch.zeros(())
         self.binding = next(iter(trained.values())).register_hook(lambda g: g + self._nothing.to(g.dtype))
         """Makes a gradient not finite where some loss is not."""
+
+    def _start(self, module: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+        """Give the module and its optimizer to DeepSpeed."""
+        config = self.config
+        if config.engine.offload_optimizer == "nvme":
+            reader.load()
+        self.swap = swap.folder_of(config, self)
+        """This process's folder on the disk where the optimizer waits; None where it waits elsewhere."""
+        place = self.swap.path if self.swap else None
+        learns = sum(shards.size_of(p) for p in trained.values())
+        settings = ds_config(config, self.ranks.world, learns, place)
+        base = optimizer.build(config, trained, offload.stepping(config, self.ranks.device))
+        # DeepSpeed takes parameters and optimizer together; without the list it would pass frozen ones too.
+        with redirect_stdout(io.StringIO()):  # some of its optimizers print memory figures
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=base, model_parameters=[*trained.values()], config=settings
+            )
+        if place is not None:
+            states = *optimizer.STATES[config.optimizer.name], *profiles.kinds(config.ema)
+            swap.prepare(self.deepspeed, states)
 
     def _build(self, build: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
         with Unfilled(), warnings.catch_warnings():
@@ -141,17 +161,19 @@ class Engine:
         finally:
             self.is_averaged = False
 
-    def backward(self, losses: Tensor) -> None:
+    def backward(self, losses: Tensor, sums: Tensor | None = None) -> None:
         """Add a micro-batch's gradient; losses: (B,), one per sample of this rank's micro-batch.
 
         The gradient of an optimizer step is that of the mean over the global batch, whatever the split. It is
-        not finite where a loss is not.
+        not finite where a loss is not. sums: (K,) fp32, what else `metrics` adds up over micro-batches, steps
+        and ranks, K the same at every call.
         """
         self._nothing = 0 * losses.detach().sum()
         share = binding(losses).sum() * (self.ranks.world * self.accumulation / self.config.batch_size)
         # DeepSpeed divides by accumulation and averages over ranks.
         self.deepspeed.backward(share)
         self._losses.append(losses.detach())
+        self._sums += [] if sums is None else [sums]
 
     def step(self) -> bool:
         """Close a micro-batch; on the last of a global batch move the weights.
@@ -168,6 +190,8 @@ class Engine:
         if last:
             self.scale.remember()
             self._set_rates()
+            if self.config.engine.zero_stage == 3:
+                shards.settle_gradients(self.deepspeed)
             if self.config.engine.zero_stage == 0 and not self._clip():
                 self.deepspeed.zero_grad()
                 self.deepspeed.micro_steps += 1
@@ -183,10 +207,13 @@ class Engine:
         share = self.config.batch_size / self.ranks.world
         self.step_loss = torch.stack([losses.sum() for losses in self._losses]).sum() / share
         self.losses, self._losses = self._losses, []
+        sums, self._sums = self._sums, []
+        self._attempts += 1
         if applied:
             self.step_count += 1
             self.position += 1
-            self._applied[self.step_count] = self.step_loss
+            more = [torch.stack(sums).sum(0)] if sums else []
+            self._applied[self.step_count] = torch.cat([self.step_loss.reshape(1), *more])
         return applied
 
     def _set_rates(self) -> None:
@@ -201,9 +228,7 @@ class Engine:
     def _clip(self) -> bool:
         """Stage 0 clips here, because DeepSpeed tells no gradient norm there; False if it is not finite."""
         limit = self.config.optimizer.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(
-            [p for p in self.deepspeed.module.parameters() if p.requires_grad], limit
-        )
+        norm = nn.utils.clip_grad_norm_(self._trained, limit)
         self.grad_norm = norm.detach()
         return bool(torch.isfinite(norm))
 
@@ -217,15 +242,29 @@ class Engine:
         """Drop what was measured of steps that were undone, those after the present one."""
         self._applied = {step: loss for step, loss in self._applied.items() if step <= self.step_count}
 
-    def metrics(self) -> dict[str, float]:
-        """Loss, learning rate and gradient norm for the log, on all ranks together (waits for the device).
+    def metrics(self, more: Tensor | None = None) -> dict[str, Any]:
+        """What the log is told, on all ranks together: one sum over them, and one wait for the device.
 
-        The loss is the mean over every sample of every applied step since the last call; the norm is that of
-        the last step's gradient before clipping.
+        loss: the mean over every sample of every applied step since the last call. grad_norm: of the last
+        step's gradient before clipping. lr: of that step. skipped: the share of the attempts since the last
+        call that moved nothing, or were undone. sums: those of `backward` over these steps and all ranks,
+        (K,). more: those of the argument over all ranks, an fp32 vector on the device.
         """
-        loss = torch.stack([*self._applied.values()]).mean()
-        self._applied = {}
-        return {"loss": float(self.ranks.mean(loss)), "lr": self.lr, "grad_norm": float(self.grad_norm)}
+        steps, world = [*self._applied.values()], self.ranks.world
+        told = torch.stack(steps).sum(0)  # (1 + K,)
+        every = self.ranks.mean(told if more is None else torch.cat([told, more])) * world
+        norm = torch.as_tensor(self.grad_norm, dtype=torch.float32, device=every.device).reshape(1)
+        *numbers, norm_told = torch.cat([every, norm]).tolist()
+        skipped = 1 - len(steps) / max(self._attempts, len(steps))
+        self._applied, self._attempts = {}, 0
+        return {
+            "loss": numbers[0] / (world * len(steps)),
+            "lr": self.lr,
+            "grad_norm": norm_told if isinstance(self.grad_norm, Tensor) else float(self.grad_norm),
+            "skipped": skipped,
+            "sums": numbers[1 : len(told)],
+            "more": numbers[len(told) :],
+        }
 
 
 def binding(losses: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,16 @@ def write(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class Memory:
-    """CPU memory for copies of a rank's tensors: made for the first, used again for those after it."""
+    """CPU memory for copies of a rank's tensors: made for the first, used again for those after it.
+
+    It is the memory of files where a folder for them is given, so that the system may write it to their disk.
+    """
 
     CHUNK = 2**28
     """Bytes that are taken at once: pinned memory comes in powers of two."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self.device, self.folder = device, folder
         self.layout: dict[str, tuple[int, torch.dtype]] = {}
         self.copies: dict[str, Tensor] = {}
 
@@ -123,14 +127,22 @@ class Memory:
         RuntimeError where there is no memory for them.
         """
         layout = {name: (tensor.numel(), tensor.dtype) for name, tensor in tensors.items()}
+        return self.fill(layout, tensors.items())
+
+    @torch.no_grad()
+    def fill(
+        self, layout: Mapping[str, tuple[int, torch.dtype]], tensors: Iterable[tuple[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Like `copy`, of tensors that come one after the other; layout: name -> their numbers and format."""
         if not layout.items() <= self.layout.items():
             self.copies, self.layout = {}, {}
             self.copies = self._take(layout)
-            self.layout = layout
-        for name, tensor in tensors.items():
-            self.copies[name].copy_(tensor, non_blocking=True)
+            self.layout = dict(layout)
+        # From a disk's page a tensor comes in memory that is used again at once, so it is waited for.
+        for name, tensor in tensors:
+            self.copies[name].copy_(tensor, non_blocking=self.folder is None)
         synchronize(self.device)
-        return {name: self.copies[name] for name in tensors}
+        return {name: self.copies[name] for name in layout}
 
     def _take(self, layout: Mapping[str, tuple[int, torch.dtype]]) -> dict[str, Tensor]:
         """Room for tensors, several in one chunk."""
@@ -145,11 +157,15 @@ class Memory:
             used += -(-size // 64) * 64
         found = {}
         for chunk in chunks:
-            room = self._room(max(begin + size for begin, size in chunk.values()))
+            room = self._room(sum(-(-size // 64) * 64 for _, size in chunk.values()))
             for name, (begin, size) in chunk.items():
                 found[name] = room[begin : begin + size].view(layout[name][1])
         return found
 
     def _room(self, size: int) -> Tensor:
+        if self.folder is not None:
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="copy-") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk would kill the process later
+                return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
         room = torch.empty(size, dtype=torch.uint8)
         return room if self.device.type == "cpu" else pinned(room)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.device import synchronize
+from sfumato.engine.swap import brought, hand_over
+
 Read = Callable[[str, int, int], Tensor]
 """(parameter name, start, length) -> that slice of the flattened parameter, 1-D."""
 
@@ -40,13 +43,39 @@ class Shard:
         return self.view(self.flat)
 
 
-def owned(engine: object) -> Iterator[Shard]:
-    """This rank's shards, in the order of the module's parameters."""
+def owned(engine: object, writing: bool = False) -> Iterator[Shard]:
+    """This rank's shards, each with its numbers in memory until the next one is asked for.
+
+    The numbers of one that waits on a disk are there no longer after that; writing: put back what they are
+    by then. In the order of the module's parameters, at stage 3 by the groups that are stepped at once.
+    """
+    if engine.zero_optimization_stage() < 3:  # type: ignore[attr-defined]
+        yield from listed(engine)
+        return
+    groups: dict[int, list[Shard]] = {}
+    for shard, group in _partitioned(engine):
+        groups.setdefault(group, []).append(shard)
+    for group, several in sorted(groups.items()):
+        with brought(engine, group, writing):
+            yield from several
+
+
+def listed(engine: object) -> Iterator[Shard]:
+    """This rank's shards as `owned` gives them, but with numbers only where these never leave the memory."""
     stage = engine.zero_optimization_stage()  # type: ignore[attr-defined]
-    find = {0: _whole, 1: _mapped, 2: _mapped, 3: _partitioned}[stage]
+    if stage == 3:
+        yield from (shard for shard, _ in sorted(_partitioned(engine), key=lambda pair: pair[1]))
+        return
+    find = _mapped if stage else _whole
+    for name, parameter in learning(engine):
+        yield from find(engine, name, parameter)
+
+
+def learning(engine: object) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that learn, by name."""
     for name, parameter in engine.module.named_parameters():  # type: ignore[attr-defined]
         if parameter.requires_grad:
-            yield from find(engine, name, parameter)
+            yield name, parameter
 
 
 def _whole(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # type: ignore[no-untyped-def]
@@ -63,14 +92,15 @@ def _mapped(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # type: i
         yield Shard(name, start, flat, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
 
 
-def _partitioned(engine, name: str, parameter: Tensor) -> Iterator[Shard]:  # type: ignore[no-untyped-def]
-    """Stage 3: each parameter is cut into equal parts, the last ones padded."""
+def _partitioned(engine) -> Iterator[tuple[Shard, int]]:  # type: ignore[no-untyped-def]
+    """Stage 3: each parameter is cut into equal parts, the last ones padded; with the group of its step."""
     zero = engine.optimizer
-    group, offset, part = zero.grad_position[zero.get_param_id(parameter)]
-    start = part * torch.distributed.get_rank()
-    length = min(part, parameter.ds_numel - start)  # type: ignore[attr-defined]
-    if length > 0:
-        yield Shard(name, start, zero.fp32_partitioned_groups_flat[group], offset, length)
+    for name, parameter in learning(engine):
+        group, offset, part = zero.grad_position[zero.get_param_id(parameter)]
+        start = part * torch.distributed.get_rank()
+        length = min(part, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if length > 0:
+            yield Shard(name, start, zero.fp32_partitioned_groups_flat[group], offset, length), group
 
 
 @torch.no_grad()
@@ -80,7 +110,7 @@ def fill(engine: object, read: Read) -> None:
     All ranks call it together. Writing the masters directly keeps the digits that a bf16 model on its way
     into DeepSpeed would round off.
     """
-    for shard in owned(engine):
+    for shard in owned(engine, writing=True):
         shard.master.copy_(read(shard.name, shard.start, shard.length))
     refresh(engine)
 
@@ -115,9 +145,32 @@ def refresh(engine) -> None:  # type: ignore[no-untyped-def]
         zero._partition_all_parameters()
         forget_second_copies(engine)
         for group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
+            with brought(engine, group):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+@torch.no_grad()
+def settle_gradients(engine) -> None:  # type: ignore[no-untyped-def]
+    """Before a step of stage 3: what no loss has reached has a gradient of zero.
+
+    DeepSpeed 0.19.8 would step it with the gradient of an earlier step.
+    """
+    zero = engine.optimizer
+    synchronize(engine.device)
+    sums = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    for parameter in (parameter for several in zero.fp16_groups for parameter in several):
+        group, start, length = zero.grad_position[zero.get_param_id(parameter)]
+        reached = parameter.ds_id in zero._offload_boundary_param_ids
+        if not reached:
+            sums[parameter.ds_id].zero_()
+        if (
+            not hand_over(zero, group, start, sums[parameter.ds_id])
+            and zero.offload_optimizer
+            and not reached
+        ):
+            zero.fp32_partitioned_groups_flat[group].grad.narrow(0, start, length).zero_()
 
 
 def forget_second_copies(engine) -> None:  # type: ignore[no-untyped-def]

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sfumato.engine import profiles, published, saved
-from sfumato.engine.content import manifest_of, slices
+from sfumato.engine.content import layout, manifest_of, slices
 from sfumato.engine.engine import Engine
 from sfumato.engine.size import readable
 from sfumato.errors import UserError
@@ -84,7 +85,7 @@ class Writer:
         self.at: int | None = None
         """The position of that one."""
         self.doing = "nothing"
-        self._memory = saved.Memory(engine.ranks.device)
+        self._memory = saved.Memory(engine.ranks.device, engine.swap.path if engine.swap else None)
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._broken: Exception | None = None
@@ -109,8 +110,9 @@ class Writer:
         folders, lacking = [], None
         try:
             whole = what != ("averages",)
-            copies = self._memory.copy({key: x for key, x in slices(self.engine) if whole or is_average(key)})
-        except (RuntimeError, MemoryError) as error:
+            wanted = {key: (n, torch.float32) for key, n in layout(self.engine) if whole or is_average(key)}
+            copies = self._memory.fill(wanted, ((k, x) for k, x in slices(self.engine) if k in wanted))
+        except (RuntimeError, MemoryError, OSError) as error:
             lacking = error  # the others hear of it from the thread
         if not what or "checkpoint" in what:
             folders.append((self.folder, copies))

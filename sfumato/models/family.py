@@ -96,9 +96,9 @@ class Family(Texts):
         _ = captions and self.parts()
         return self
 
-    def release(self) -> None:
-        """Let go of the frozen parts; they are loaded again when they are needed."""
-        for name in ("vae", "tokenizers", "text_encoders"):
+    def release(self, *names: str) -> None:
+        """Let go of frozen parts, or else of all; they are loaded again when they are needed."""
+        for name in names or ("vae", "tokenizers", "text_encoders"):
             self.__dict__.pop(name, None)
 
     def identity(self, images: bool) -> str:

@@ -5,7 +5,7 @@ from math import prod
 from typing import Any, Literal
 
 from sfumato.config import Config
-from sfumato.engine.offload import check, check_places
+from sfumato.engine.offload import check
 from sfumato.models.folder import Facts
 from sfumato.planner.costs import Size, cost_of, launches, sizes_of
 from sfumato.planner.devices import Device
@@ -91,7 +91,6 @@ def rows(ask: Ask, others: bool = False, better: bool = False) -> list[Row]:
 def check_asked(config: Config, world: int) -> None:
     """Raise UserError for a batch that does not go into the ranks, and for an offload that cannot be."""
     config.model_copy(update={"micro_batch_size": 1}).accumulation(world)
-    check_places(config)
     if not config.engine.auto:
         check(config, world)
 

@@ -7,6 +7,7 @@ weight, `sums` those of a gradient that is summed over micro-batches, `bucket` t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from sfumato.config import Config
 from sfumato.engine.ds_config import autocast, ds_config
@@ -89,13 +90,15 @@ def state(config: Config, world: int, trained: Mapping[str, Sequence[int]], froz
     size = 4 if autocast(config) else BYTES[engine.precision]
     sums = 4 if settings["data_types"]["grad_accum_dtype"] == "fp32" else size
     offload = engine.offload_optimizer != "none"
-    masters = 4 * lay.own if engine.zero_stage else 0
+    there = swapped(config, world, trained, settings) if engine.offload_optimizer == "nvme" else Swapped()
+    stays = lay.own - there.numbers
+    masters = 4 * stays if engine.zero_stage else 0
     # torch's Adam counts its steps in one number of each tensor that it moves.
-    moved = lay.groups if engine.zero_stage else len(trained)
-    states = (4 * lay.own * STATES[config.optimizer.name]) + (
+    moved = (there.groups or lay.groups) if engine.zero_stage else len(trained)
+    states = (4 * stays * STATES[config.optimizer.name]) + (
         4 * moved if config.optimizer.name == "adamw" else 0
     )
-    averages = 4 * lay.own * len(kinds(config.ema))
+    averages = 4 * stays * len(kinds(config.ema))
     if engine.zero_stage == 3:
         weights, parts = size * lay.whole, size * lay.own
         held = third(config, world, lay, zero, size, sums)
@@ -111,7 +114,10 @@ def state(config: Config, world: int, trained: Mapping[str, Sequence[int]], froz
         host += parts
     if offload:
         host, masters, states, averages = host + masters + states + averages, 0, 0, 0
-    return State(weights + masters, gradients, states, averages, frozen_bytes, buffers, host, 0, step)
+    host += there.room - 4 * there.numbers  # their gradients come in that room
+    return State(
+        weights + masters, gradients, states, averages, frozen_bytes, buffers, host, there.disk, step
+    )
 
 
 Held = tuple[int, int, int, int]
@@ -119,8 +125,8 @@ Held = tuple[int, int, int, int]
 
 
 def zeroth(config: Config, world: int, lay: Layout, bucket: int, size: int, sums: int) -> Held:
-    """Stage 0: all gradients, and a flat copy of them that is summed over the ranks."""
-    return size * lay.all, size * min(lay.all, FLATTENED), size * lay.all, 0
+    """Stage 0: all gradients, and where there are several ranks a flat copy of them, which is summed."""
+    return size * lay.all, size * min(lay.all, FLATTENED) if world > 1 else 0, size * lay.all, 0
 
 
 def first(config: Config, world: int, lay: Layout, bucket: int, size: int, sums: int) -> Held:
@@ -191,9 +197,7 @@ def flat(lay: Layout, size: int) -> int:
 
 def layout(config: Config, world: int, trained: Mapping[str, Sequence[int]], persistent: int) -> Layout:
     """The numbers of a run on `world` ranks; persistent: those of a parameter that stage 3 keeps whole."""
-    groups: dict[float, list[int]] = {}
-    for name, shape in trained.items():
-        groups.setdefault(config.peak_lr(name), []).append(prod(shape))
+    groups = by_rate(config, trained)
     sizes = [size for group in groups.values() for size in group]
     total, largest = sum(sizes), max(sizes)
     if config.engine.zero_stage == 0:
@@ -213,3 +217,53 @@ def layout(config: Config, world: int, trained: Mapping[str, Sequence[int]], per
             start += size
     own = sum(parts.values())
     return Layout(total, own * world, own, max(touched), largest, len(groups), 0)
+
+
+def by_rate(config: Config, trained: Mapping[str, Sequence[int]]) -> dict[float, list[int]]:
+    """The numbers of the parameters, by learning rate, which makes the optimizer's groups."""
+    groups: dict[float, list[int]] = {}
+    for name, shape in trained.items():
+        groups.setdefault(config.peak_lr(name), []).append(prod(shape))
+    return groups
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What an optimizer on a disk takes on one rank."""
+
+    numbers: int = 0
+    """Of the weights that are stepped from the disk; groups below a megabyte stay in memory."""
+    disk: int = 0
+    """Bytes of their files, and of a copy of all that a checkpoint holds, which is written from there."""
+    room: int = 0
+    """Bytes of memory in which a group is stepped."""
+    groups: int = 0
+    """Groups that are stepped at once, one after the other."""
+
+
+def swapped(
+    config: Config, world: int, trained: Mapping[str, Sequence[int]], settings: Mapping[str, Any]
+) -> Swapped:
+    """What lies on the disk; settings: DeepSpeed's."""
+    aio, zero = settings.get("aio", {}), settings["zero_optimization"]
+    least = max(2**20, aio.get("block_size", 2**20)) // 4
+    unit = 256 * aio.get("intra_op_parallelism", 1)
+    parts = [[-(-size // world) for size in group] for group in by_rate(config, trained).values()]
+    sizes = [size for group in parts for size in cut(group, zero["sub_group_size"])]
+    away = [size for size in sizes if size >= least]
+    kept = 1 + STATES[config.optimizer.name] + len(kinds(config.ema))
+    files = sum(4 * -(-size // unit) * unit for size in away)
+    copies = sum(-(-4 * part // 64) * 64 for group in parts for part in group)
+    room = zero["offload_optimizer"]["buffer_count"] * 4 * -(-max(sizes) // unit) * unit
+    return Swapped(sum(away), kept * (files + copies), room, len(sizes))
+
+
+def cut(sizes: Sequence[int], bound: int) -> list[int]:
+    """How DeepSpeed cuts a group of parameters: a piece ends with the parameter that fills it."""
+    pieces, filled = [], 0
+    for number, size in enumerate(sizes):
+        filled += size
+        if filled >= bound or number == len(sizes) - 1:
+            pieces.append(filled)
+            filled = 0
+    return pieces

@@ -74,14 +74,20 @@ class Progress:
         self.file = self.path.open("a", encoding="utf-8")
         self.last_step = step
 
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        derive: Callable[[int, float], Mapping[str, Any]] = lambda steps, seconds: {},
+    ) -> dict[str, Any]:
         """Tell the metrics of `step`, the number of applied optimizer steps; each is one line of the file.
 
         Known to the console are loss, lr and grad_norm; others go to the file alone. From "data_seconds", the
         seconds since the last call in which the loop waited for data, the rate without that wait is found.
+        derive: (steps, seconds of training since the last line) -> what follows from them. Gives the line.
         """
         if not self.first:
-            return
+            return {}
         assert step > self.last_step, f"step {step} was told after step {self.last_step}"
         now = self.clock()
         seconds = now - self.last_time - self.outside
@@ -90,16 +96,20 @@ class Progress:
         kind, memory = memory_in_use()
         record = {
             "step": step,
+            "time": time.time(),
             "seconds": now - self.began,
+            f"{kind}_memory_gib": memory,
             **metrics,
             **rates(done * self.batch_size, seconds, metrics.get("data_seconds")),
-            f"{kind}_memory_gib": memory,
+            "seconds_per_step": seconds / done,
+            **derive(done, seconds),
         }
         self.last_step, self.last_time, self.outside = step, now, 0.0
         with self.writing():
             self.file.write(json.dumps({key: finite(value) for key, value in record.items()}) + "\n")
             self.file.flush()
         self.show(describe(record, kind, self.steps, self.seconds_left()), now)
+        return record
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -191,15 +201,21 @@ def step_of(line: str) -> int | None:
 
 def finite(value: Any) -> Any:
     """The value, or None in place of a number that JSON cannot say."""
+    if isinstance(value, list):
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rates(images: int, seconds: float, data_seconds: float | None) -> dict[str, float]:
-    """Images per second by the wall clock, and if known without the time that the loop waited for data."""
+    """Images per second by the wall clock, and if known without the time that the loop waited for data.
+
+    And "data_stall", the share of the time that it waited.
+    """
     found = {"images_per_second": images / seconds if seconds > 0 else math.nan}
     if data_seconds is not None:
         busy = seconds - data_seconds
         found["images_per_second_without_data_wait"] = images / busy if busy > 0 else math.nan
+        found["data_stall"] = min(1.0, data_seconds / seconds) if seconds > 0 else math.nan
     return found
 
 

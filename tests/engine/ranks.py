@@ -26,6 +26,7 @@ from typing import Any
 PRELOAD = [
     *("sfumato.train", "sfumato.models.sd", "sfumato.models.sdxl", "peft", "tests.engine.ranks"),
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported late, with all of inductor
+    "tests.engine.warm",  # the last
 ]
 GRACE = 1.0  # seconds in which the rank that failed first may still report it
 

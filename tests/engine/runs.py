@@ -58,6 +58,9 @@ def settings(place: Path, family: str = "sd", **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         table, _, leaf = key.rpartition("__")
         (values.setdefault(table, {}) if table else values)[leaf] = value
+    if values["engine"].get("zero_stage") == 3:
+        # DeepSpeed looks for the next use of each weight, in time that is the square of the modules.
+        values["engine"].setdefault("deepspeed", {"zero_optimization": {"stage3_max_reuse_distance": 0}})
     return values
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sfumato import config, train
+from sfumato import config, previews, train
 from sfumato.engine import ranks
 from sfumato.errors import UserError
 from sfumato.objective import Objective, process
@@ -43,7 +43,7 @@ def on_the_npu(values: list[dict[str, Any]]) -> dict[str, Any]:
         layouts: Any = torch
         assert layouts.npu.config.allow_internal_format is False
         train.optimizer_step = npu.within(mode, train.optimizer_step)
-        train.preview = npu.within(mode, train.preview)
+        previews.preview = npu.within(mode, previews.preview)
         runs.train_all(values)
         return found | {"called": dict(seam.called), "moved": mode.moved, "pinned": mode.pinned}
 

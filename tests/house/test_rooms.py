@@ -25,8 +25,8 @@ ROOMS = (
     ("methods",),
     ("engine",),
     (
-        *("check", "drawing", "export", "mishaps", "planner", "prior"),
-        *("report", "run", "slurm", "stopping", "watch"),
+        *("check", "drawing", "export", "mishaps", "planner", "previews", "prior"),
+        *("report", "run", "slurm", "stopping", "validation", "watch"),
     ),
     ("start",),
     ("cache",),

@@ -243,7 +243,7 @@ def test_tables_in_workers(place: Path, tmp_path: Path, kind: str) -> None:
     loader.index.open(0).close()  # the main process has read before it forks
     check_equal(steps(loader, 0, 6), steps(make(config_of(place)), 0, 6))
     copy = pickle.loads(pickle.dumps(loader.samples))
-    check_equal([[copy[next(loader.wanted(5))]]], [steps(make(config_of(place)), 5, 1)[0][:1]])
+    check_equal([[copy[loader.share(5, 0)]]], [steps(make(config_of(place)), 5, 1)[0][:1]])
 
 
 def test_global_generators_are_left_alone(place: Path) -> None:

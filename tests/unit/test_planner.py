@@ -364,7 +364,7 @@ def test_presets_for_small_cards_fit(preset: str, gigabytes: int) -> None:
         (["--memory", "0"], "that is no size"),
         (["--memory", "nan"], "that is no size"),
         (["--memory", "8", "--host-memory", "-1"], "that is no size"),
-        (["--memory", "8", "engine.offload_optimizer=nvme"], 'set engine.offload_optimizer = "cpu"'),
+        (["--memory", "8", "engine.offload_optimizer=nvme"], "set engine.zero_stage = 3"),
         (["--memory", "8", "engine.zero_stage=0", "engine.offload_optimizer=cpu"], "zero_stage = 1"),
         (["--memory", "8", "engine=Auto"], 'engine = "Auto" is neither "auto" nor a table'),
         (["--device", "H20", "--memory", "80"], "did you mean H200?"),
