@@ -196,6 +196,15 @@ def bench(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.real:
         tuning.restart()
+    if arguments.what == "gates":
+        from sfumato.bench import gates
+
+        return int(gates.are_broken(gates.run(arguments.presets, arguments.json)))
+    if arguments.what == "gpu":
+        from sfumato.bench import gpu
+
+        gpu.run(arguments.toy, arguments.json)
+        return 0
     from sfumato.bench import data as measure
 
     measure.run(arguments.json, arguments.quick)

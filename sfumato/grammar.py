@@ -151,11 +151,14 @@ def bench_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     command = verb("bench", "measure this machine, and how the program stands up to it")
     command.add_argument(
         "what",
-        choices=("data", "checkpoints", "faults", "peers"),
+        choices=("data", "checkpoints", "faults", "peers", "gates", "gpu"),
         help="how fast data are read, beside Pillow and datasets; what saving and going on take, beside "
         "DeepSpeed's own; whether a run that is killed again and again loses anything; how fast we train, "
-        "beside a bare loop and diffusers' example",
+        "beside a bare loop and diffusers' example; what a step does at full size, counted without a device; "
+        "how fast one card is",
     )
+    command.add_argument("presets", nargs="*", metavar="PRESET", help="of gates; default: all that train")
+    command.add_argument("--toy", action="store_true", help="of gpu: toy models, on any machine")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     command.add_argument("--quick", action="store_true", help="less of everything")
     ranks_options(command)

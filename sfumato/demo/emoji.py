@@ -12,7 +12,7 @@ import importlib.util
 import io
 import json
 import random
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,15 @@ def drawings(style: str, codes: list[str], resolution: int) -> np.ndarray:
         raise ValueError(
             f"asked {style} for {missing[:5]}, found no such drawing; choose from files({style!r})"
         )
-    return np.stack([np.asarray(framed(open_drawing(paths[code]), resolution)) for code in codes])
+    return np.stack([one_drawing(paths[code], resolution) for code in codes])
+
+
+@lru_cache(maxsize=2000)
+def one_drawing(path: Path, resolution: int) -> np.ndarray:
+    """A framed drawing, (resolution, resolution, 4), which is not for writing: the demo asks for it again."""
+    frame = np.array(framed(open_drawing(path), resolution))
+    frame.flags.writeable = False
+    return frame
 
 
 @cache

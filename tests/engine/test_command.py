@@ -115,7 +115,7 @@ def test_killed_stopped_resumed_and_drawn(place: Path) -> None:
     second = sfumato(place, "train", "run.toml", "--gpus", "2")
     wait_for_checkpoint(place, second, reached)
     second.send_signal(signal.SIGINT)
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=PATIENCE)
     assert second.returncode == CONTINUE, err
     assert "Traceback" not in err and "SIGTERM came" in err
     assert max(checkpoints(place)) >= reached
@@ -156,7 +156,7 @@ def check_ends_with_ctrl_c(process: subprocess.Popen[str], line: str) -> None:
     assert said[-1].startswith(line), said
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == CONTINUE, err
     assert "Traceback" not in err and "which is saved" in err, err
     assert not psutil.wait_procs(family, timeout=10)[1], "a loader worker is left over"

@@ -1,6 +1,7 @@
 """A line of metrics tells of all samples of its steps on all ranks; between lines nothing is waited for."""
 
 import json
+import threading
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -186,7 +187,8 @@ def counting(values: dict[str, Any], how: str) -> list[int]:
 
     def counted(name: str) -> Any:
         def call(*told: Any, **more: Any) -> Any:
-            counts[now[0]] += 1
+            # Those of other threads, such as a checkpoint's, are behind the training.
+            counts[now[0]] += threading.current_thread() is threading.main_thread()
             return kept[name](*told, **more)
 
         return call
@@ -196,7 +198,7 @@ def counting(values: dict[str, Any], how: str) -> list[int]:
     for name in WAITS:
         setattr(Tensor, name, counted(name))
     try:
-        runs.train_here(values | {"name": how})
+        runs.train_here(values | {"name": f"waits-{how}"})
     finally:
         for name in WAITS:
             setattr(Tensor, name, kept[name])

@@ -231,6 +231,14 @@ def test_a_silent_run_is_not_said_to_run(tmp_path: Path) -> None:
     assert "running, 50 of 400 steps, 2m55s left" in Tags(alone(Story(tmp_path))).told
 
 
+def test_captions_that_do_nothing_are_noticed(tmp_path: Path) -> None:
+    for gap, words in ((0.02, None), (1e-5, "may be ignored"), (-0.02, "do not help yet")):
+        rows = [row | {"gap": gap} for row in run_files.validation(40, 10)]
+        run_files.jsonl(tmp_path / "validation.jsonl", rows)
+        told = Tags(alone(Story(tmp_path))).told
+        assert ("The held-out pictures" in told) == bool(words) and (words or "") in told
+
+
 def test_settings_of_another_version_are_shown_as_they_are(run: Path, tmp_path: Path) -> None:
     folder = copied(run, tmp_path)
     resolved = json.loads((folder / "resolved.json").read_text())

@@ -11,9 +11,9 @@ SLOW = 20  # or so many times as long as lines usually take
 STALL = 0.1  # share of waiting for data that deserves a look
 DEAD = 0.002  # gap over loss under which captions seem to do nothing
 ENDS = {
-    "done": ("good", "done"),
-    "stopped": ("look", "stopped; the same command goes on"),
-    "failed": ("fault", "failed"),
+    "done": ("good", ""),
+    "stopped": ("look", "; the same command goes on"),
+    "failed": ("fault", "; the same command goes on from the last checkpoint"),
 }
 
 
@@ -33,8 +33,9 @@ def state(record: Record) -> Told:
     last = record.starts.all[-1] if record.starts.all else {}
     ended = last.get("end")
     if isinstance(ended, str):
-        tone, text = ENDS.get(ended, ("", f"ended: {ended[:80]}"))
-        return Told(f"{text}, {at}, on {when(last.get('time'))}", tone, text.split(";")[0])
+        tone, more = ENDS.get(ended, ("", ""))
+        date = f", on {when(last['time'])}" if when(last.get("time")) else ""
+        return Told(f"{ended[:80]}, {at}{date}{more}", tone, ended[:80])
     if not record.metrics.count:
         begun = f"; it began on {when(last['time'])}" if when(last.get("time")) else ""
         return Told(f"no step was told yet{begun}", "live" if last else "", "no step yet")
@@ -135,14 +136,8 @@ def notes(record: Record, faults: int, bad: int) -> list[Told]:
         found.append(Told(f"{text}: more data.workers, or data.cache, may help.", "look"))
     for kind in record.validation.kinds[:1]:
         gap, held = (record.validation.columns.curve(f"{name}/{kind}") for name in ("gap", "loss"))
-        if gap is not None and held is not None and len(gap.mean) and gap.mean[-1] < DEAD * held.mean[-1]:
-            found.append(
-                Told(
-                    "With and without their captions the held-out pictures have the same loss "
-                    f"(gap {figure(gap.mean[-1])}): the captions may be ignored.",
-                    "look",
-                )
-            )
+        if gap is not None and held is not None and len(gap.mean) and len(held.mean):
+            found += captions(float(gap.mean[-1]), float(held.mean[-1]))
     if faults:
         found.append(Told(f"{several(faults, 'record')} could not be used; reasons below.", "look"))
     for file in (metrics, record.validation, record.starts):
@@ -152,6 +147,19 @@ def notes(record: Record, faults: int, bad: int) -> list[Told]:
         if file.wrong:
             found.append(Told(f"{file.path.name} cannot be read: {file.wrong}", "fault"))
     return found
+
+
+def captions(gap: float, loss: float) -> list[Told]:
+    """What a gap says that deserves a look."""
+    if gap >= DEAD * loss:
+        return []
+    if gap > -DEAD * loss:
+        text = "have the same loss with and without their captions: these may be ignored"
+    else:
+        text = (
+            f"have a higher loss with their captions than without, by {figure(-gap)}: these do not help yet"
+        )
+    return [Told(f"The held-out pictures {text}.", "look")]
 
 
 def speed(record: Record) -> list[tuple[str, str]]:

@@ -1,0 +1,149 @@
+"""`bench gates`: the bounds of a preset at full size, and that each gate catches what it is there for."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sfumato import config as settings
+from sfumato import train
+from sfumato.bench import gates
+from sfumato.bench.gates import exchange, ours
+from sfumato.bench.gates.count import computes
+from sfumato.bench.gates.paper import replaced
+from sfumato.config import Config
+from sfumato.planner.architectures import facts_of
+from tests.engine.ranks import run_ranks
+from tests.unit import twins
+
+FULL = "sd15-lora"
+SIZE = (exchange.SIDE, exchange.SIDE)
+real = train.losses_of
+
+
+def asks(*args: Any) -> Any:
+    losses, sums = real(*args)
+    assert losses.sum().item() is not None
+    return losses, sums
+
+
+def asks_twice(*args: Any) -> Any:
+    with torch.no_grad():
+        real(*args)
+    return real(*args)
+
+
+def writes(*args: Any) -> Any:
+    losses, sums = real(*args)
+    return losses * torch.tensor([1.0], device=losses.device), sums
+
+
+def keeps(*args: Any) -> Any:
+    losses, sums = real(*args)
+    weight = torch.zeros(1000, 1000, device=losses.device)
+    return losses + (losses.sum() * weight).sigmoid().mean(), sums
+
+
+BROKEN: dict[str, Callable[..., Any]] = {
+    "waits": asks,
+    "flops": asks_twice,
+    "copies": writes,
+    "kept": keeps,
+    "operators": writes,
+}
+
+
+def on_paper(model: Path) -> dict[str, Any]:
+    """All that is counted on paper, in a process of its own."""
+    config = exchange.toy(model, 2, 2)
+    found = {
+        name: figures_of(config, loss) for name, loss in {"": real, **BROKEN}.items() if name != "operators"
+    }
+    found["operators"] = found["copies"]
+    engine = config.engine.model_copy(update={"gradient_checkpointing": True})
+    recomputing = ours.count(config.model_copy(update={"engine": engine}), facts_of(config.model), SIZE)
+    found["recomputing"] = found[""] | {"flops": recomputing.flops / flops_of(config)}
+    counts = ours.count(config, facts_of(config.model), SIZE)
+    found["sent"] = counts.sent
+    preset = settings.load(FULL)
+    found["full"] = gates.figures(gates.row_of(FULL, preset, facts_of(preset.model), beside=False))
+    return found
+
+
+def flops_of(config: Config) -> int:
+    return ours.model_flops(config, facts_of(config.model), SIZE)
+
+
+def figures_of(config: Config, loss: Callable[..., Any]) -> dict[str, float]:
+    with replaced(train, "losses_of", loss):
+        counts = ours.count(config, facts_of(config.model), SIZE)
+    row = {"ours": gates.told(counts), "flops": counts.flops / flops_of(config), "sent": 0, "of_example": None}
+    return gates.figures(row)
+
+
+def on_ranks(model: Path) -> list[dict[str, int]]:
+    """What real ranks send, at each stage."""
+    return [exchange.counted(model, stage).sent for stage in exchange.STAGES]
+
+
+@lru_cache(1)
+def papers() -> dict[str, Any]:
+    found: dict[str, Any] = run_ranks(on_paper, 1, twins.twin("sd"), init=False)[0]
+    return found
+
+
+@lru_cache(1)
+def sent() -> list[dict[str, int]]:
+    found: list[dict[str, int]] = run_ranks(on_ranks, 2, twins.twin("sd"), init=False)[0]
+    return found
+
+
+def test_a_preset_at_full_size_holds_its_bounds() -> None:
+    found, most = papers()["full"], gates.bounds()[FULL]
+    assert not gates.broken(found, most)
+    assert not gates.loose(found, most)
+    assert found["flops"] == 1
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "recomputing"])
+def test_a_worse_step_is_caught(name: str) -> None:
+    good = papers()[""]
+    assert not gates.broken(good, good)
+    gate = "flops" if name == "recomputing" else name
+    assert any(line.startswith(f"{gate} is ") for line in gates.broken(papers()[name], good))
+
+
+def test_a_bound_that_has_become_loose_is_told() -> None:
+    assert gates.loose({"waits": 2, "kept": 100.0}, {"waits": 3, "kept": 101.0}) == [
+        "waits is 2: write that in place of 3 in bounds.toml"
+    ]
+
+
+def test_every_preset_that_trains_has_bounds() -> None:
+    assert {*gates.bounds()} == {*gates.training()}
+
+
+def test_what_paper_sends_is_what_real_ranks_send() -> None:
+    assert papers()["sent"] == sent()[2]
+
+
+@pytest.mark.parametrize("stage", exchange.STAGES)
+def test_the_formula_foretells_what_ranks_send(stage: int) -> None:
+    """Besides norms and flags, of a few bytes, and the padding of what is cut into equal parts."""
+    config = exchange.toy(twins.twin("sd"), stage, 2)
+    foretold = exchange.foretold(config, facts_of(config.model), SIZE, 2)
+    found = exchange.sent_by(sent()[stage], 2)
+    assert abs(found - foretold) < 1e-3 * foretold
+    half = {name: size // 2 for name, size in sent()[stage].items()}
+    assert abs(exchange.sent_by(half, 2) - foretold) > 1e-3 * foretold
+
+
+def test_views_and_allocations_are_no_operators() -> None:
+    aten = torch.ops.aten
+    for quiet in (aten.view.default, aten.t.default, aten.split.Tensor, aten.empty.memory_format):
+        assert not computes(quiet)
+    for busy in (aten.mm.default, aten.copy_.default, aten._foreach_add_.Scalar, aten._to_copy.default):
+        assert computes(busy)
