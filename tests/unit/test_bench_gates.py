@@ -1,5 +1,6 @@
 """`bench gates`: the bounds of a preset at full size, and that each gate catches what it is there for."""
 
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from sfumato import config as settings
 from sfumato import train
 from sfumato.bench import gates
-from sfumato.bench.gates import exchange, ours
-from sfumato.bench.gates.count import computes
-from sfumato.bench.gates.paper import replaced
+from sfumato.bench.gates import exchange, ours, paper
+from sfumato.bench.gates.count import Counting, computes
+from sfumato.bench.work import Numbers, batch_of, method_of, zeros
 from sfumato.config import Config
 from sfumato.planner.architectures import facts_of
 from tests.engine.ranks import run_ranks
@@ -52,35 +53,39 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "flops": asks_twice,
     "copies": writes,
     "kept": keeps,
-    "operators": writes,
+    "operators": keeps,
 }
 
 
 def on_paper(model: Path) -> dict[str, Any]:
     """All that is counted on paper, in a process of its own."""
+    began = time.process_time()
     config = exchange.toy(model, 2, 2)
-    found = {
-        name: figures_of(config, loss) for name, loss in {"": real, **BROKEN}.items() if name != "operators"
-    }
-    found["operators"] = found["copies"]
-    engine = config.engine.model_copy(update={"gradient_checkpointing": True})
-    recomputing = ours.count(config.model_copy(update={"engine": engine}), facts_of(config.model), SIZE)
-    found["recomputing"] = found[""] | {"flops": recomputing.flops / flops_of(config)}
-    counts = ours.count(config, facts_of(config.model), SIZE)
-    found["sent"] = counts.sent
+    facts, found = facts_of(config.model), {}
+    counting = Counting()
+    with paper.on_paper(2, counting.kernels, counting.wait) as ranks, counting, counting.kernels:
+        method = method_of(config, facts, paper.PAPER)
+        engine, objective = ours.start_of(config, ranks, method, Numbers(paper.PAPER))
+        batch = batch_of(config, method.family, SIZE, config.micro_batch_size, zeros)
+        ours.step(counting, engine, method, objective, batch)
+        for name, loss in {"": real, **BROKEN}.items():
+            with paper.replaced(train, "losses_of", loss):
+                ours.step(counting, engine, method, objective, batch)
+            found[name] = figures_of(config, ours.counts_of(counting))
+            if not name:
+                found["sent"] = dict(counting.sent)
+    again = {"gradient_checkpointing": True}
+    recomputing = config.model_copy(update={"engine": config.engine.model_copy(update=again)})
+    found["recomputing"] = figures_of(config, ours.count(recomputing, facts, SIZE))
     preset = settings.load(FULL)
     found["full"] = gates.figures(gates.row_of(FULL, preset, facts_of(preset.model), beside=False))
-    return found
+    return found | {"seconds": time.process_time() - began}
 
 
-def flops_of(config: Config) -> int:
-    return ours.model_flops(config, facts_of(config.model), SIZE)
-
-
-def figures_of(config: Config, loss: Callable[..., Any]) -> dict[str, float]:
-    with replaced(train, "losses_of", loss):
-        counts = ours.count(config, facts_of(config.model), SIZE)
-    row = {"ours": gates.told(counts), "flops": counts.flops / flops_of(config), "sent": 0, "of_example": None}
+def figures_of(config: Config, counts: ours.Counts) -> dict[str, float]:
+    """The figures of a step, over what the config must compute."""
+    wanted = ours.model_flops(config, facts_of(config.model), SIZE)
+    row = {"ours": gates.told(counts), "flops": counts.flops / wanted, "sent": 0, "of_example": None}
     return gates.figures(row)
 
 
@@ -136,9 +141,9 @@ def test_the_formula_foretells_what_ranks_send(stage: int) -> None:
     config = exchange.toy(twins.twin("sd"), stage, 2)
     foretold = exchange.foretold(config, facts_of(config.model), SIZE, 2)
     found = exchange.sent_by(sent()[stage], 2)
-    assert abs(found - foretold) < 1e-3 * foretold
+    assert abs(found - foretold) < 3e-3 * foretold
     half = {name: size // 2 for name, size in sent()[stage].items()}
-    assert abs(exchange.sent_by(half, 2) - foretold) > 1e-3 * foretold
+    assert abs(exchange.sent_by(half, 2) - foretold) > 3e-3 * foretold
 
 
 def test_views_and_allocations_are_no_operators() -> None:
