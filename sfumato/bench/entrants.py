@@ -108,6 +108,7 @@ def race(side: Entrant) -> Seen:
     side.folder.mkdir(parents=True, exist_ok=True)
     env = {name: value for name, value in os.environ.items() if not name.startswith(PLACE)}
     env |= tuning.missing(env, 1) | {"TQDM_MININTERVAL": "0", "PYTHONUNBUFFERED": "1"}
+    env["WANDB_MODE"] = "disabled"  # the examples report to whatever is installed
     log = side.folder.parent / f"{side.folder.name}.log"
     began = time.perf_counter()
     with log.open("wb") as words:
