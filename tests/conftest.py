@@ -17,6 +17,7 @@ LONGEST = (
         "test_nvme",
         "test_validation",
         "test_metrics",
+        "test_bench_gates",
         "test_launch_others",
         "test_launch_nodes",
         "test_launch",
