@@ -144,12 +144,15 @@ class Slurm:
     def ended(self, number: str) -> str:
         """Its exit code, once it has ended for good; a wait in the queue is cut short."""
 
+        since: list[float] = []
+
         def over() -> bool:
             now = self.job(number)
-            # A start beside the old script's farewell would take that for its own end.
-            waits = now["JobState"] == "PENDING" and now["Reason"] == "BeginTime"
-            if waits and not self.steps(now["JobId"]):
-                self.say("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+            # In the second in which the first start's credential was revoked Slurm revokes the next one's too.
+            if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime":
+                since.append(time.monotonic())
+                if not self.steps(now["JobId"]) and since[-1] - since[0] > 5:
+                    self.say("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
             return now["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
         self.wait(number, over)
