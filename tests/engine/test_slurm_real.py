@@ -148,7 +148,7 @@ class Slurm:
 
         def over() -> bool:
             now = self.job(number)
-            # In the second in which the first start's credential was revoked Slurm revokes the next one's too.
+            # In the second in which it revoked the first start's credential Slurm revokes the next one's too.
             if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime":
                 since.append(time.monotonic())
                 if not self.steps(now["JobId"]) and since[-1] - since[0] > 5:
