@@ -24,12 +24,23 @@ def place_of(part: str) -> Path:
 
 
 def is_there() -> bool:
-    """Whether it is compiled, or came so with DeepSpeed (DS_BUILD_AIO=1)."""
+    """Whether it is compiled for this torch, or came so with DeepSpeed (DS_BUILD_AIO=1)."""
     from deepspeed.git_version_info import installed_ops
 
-    return bool(installed_ops.get("async_io")) or all(
-        (place_of(part) / f"{part}.so").exists() for part in PARTS
-    )
+    return bool(installed_ops.get("async_io")) or all(is_ours(part) for part in PARTS)
+
+
+def is_ours(part: str) -> bool:
+    """Whether a part is compiled, and for the torch of this environment; for another it is compiled again."""
+    import torch
+
+    place = place_of(part)
+    library, recipe = place / f"{part}.so", place / "build.ninja"
+    try:
+        newer = library.stat().st_mtime >= recipe.stat().st_mtime
+        return newer and str(Path(torch.__file__).parent) in recipe.read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def stale_lock() -> Path | None:
