@@ -121,19 +121,14 @@ class Memory:
         self.copies: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of 1-D tensors, complete when this returns; the next call writes over them.
-
-        RuntimeError where there is no memory for them.
-        """
-        layout = {name: (tensor.numel(), tensor.dtype) for name, tensor in tensors.items()}
-        return self.fill(layout, tensors.items())
-
-    @torch.no_grad()
     def fill(
         self, layout: Mapping[str, tuple[int, torch.dtype]], tensors: Iterable[tuple[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Like `copy`, of tensors that come one after the other; layout: name -> their numbers and format."""
+        """Copies of 1-D tensors that come one after the other, complete when this returns.
+
+        layout: name -> their numbers and format. The next call writes over the copies. RuntimeError where
+        there is no memory for them.
+        """
         if not layout.items() <= self.layout.items():
             self.copies, self.layout = {}, {}
             self.copies = self._take(layout)

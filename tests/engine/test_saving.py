@@ -31,9 +31,14 @@ class Told(list[str]):
         assert self.go_on.wait(60), "the training did not go on"
 
 
+TRAINED_ON = threading.Event()
+"""Set by every step."""
+
+
 def steps(engine: Any, count: int) -> None:
     for _ in range(count):
         assert toys.one_step(engine, engine.step_count)
+        TRAINED_ON.set()
 
 
 def check_holds(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -82,19 +87,23 @@ def behind(stage: int, folder: Path) -> dict[str, Any]:
 
 def late_views(folder: Path) -> None:
     """The broken variant: no copies, so that the disk gets whatever the weights are when it comes to them."""
-    copy, write = saved.Memory.copy, saved.write
+    fill, write = saved.Memory.fill, saved.write
 
     def late(file: Path, tensors: Any) -> Any:
-        time.sleep(1)
+        assert TRAINED_ON.wait(60), "the training did not go on"
         return write(file, tensors)
 
-    saved.Memory.copy = lambda self, tensors: dict(tensors)  # type: ignore[method-assign]
+    def no_copy(memory: Any, layout: Any, tensors: Any) -> Any:
+        TRAINED_ON.clear()
+        return dict(tensors)
+
+    saved.Memory.fill = no_copy  # type: ignore[method-assign]
     saved.write = late
     try:
         with pytest.raises(AssertionError, match="is not what it was at the step"):
             behind(1, folder)
     finally:
-        saved.Memory.copy, saved.write = copy, write  # type: ignore[method-assign]
+        saved.Memory.fill, saved.write = fill, write  # type: ignore[method-assign]
 
 
 def failing(folder: Path) -> dict[str, Any]:

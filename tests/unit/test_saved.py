@@ -81,21 +81,25 @@ def test_what_is_written_is_safetensors_with_its_sum(tmp_path: Path) -> None:
     assert load_file(tmp_path / "file") == {}
 
 
+def copied(memory: saved.Memory, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return memory.fill({name: (t.numel(), t.dtype) for name, t in tensors.items()}, tensors.items())
+
+
 def test_copies_are_real_and_their_memory_is_used_again() -> None:
     memory = saved.Memory(torch.device("cpu"))
     memory.CHUNK = 256  # several chunks, one tensor larger than a chunk
     live = {"a": torch.randn(10), "b": torch.randn(30).bfloat16(), "c": torch.randn(200), "d": torch.randn(1)}
     before = {name: tensor.clone() for name, tensor in live.items()}
-    copies = memory.copy(live)
+    copies = copied(memory, live)
     for tensor in live.values():
         tensor.zero_()
     assert all(torch.equal(copies[name], tensor) for name, tensor in before.items())
     places = {name: copy.data_ptr() for name, copy in copies.items()}
-    assert {name: copy.data_ptr() for name, copy in memory.copy(live).items()} == places
+    assert {name: copy.data_ptr() for name, copy in copied(memory, live).items()} == places
     assert not any(copy.any() for copy in copies.values())
-    assert [*memory.copy({"b": live["b"]})] == ["b"], "of a few alone"
-    assert {name: copy.data_ptr() for name, copy in memory.copy(live).items()} == places
-    assert memory.copy({"a": torch.ones(11)})["a"].tolist() == [1] * 11
+    assert [*copied(memory, {"b": live["b"]})] == ["b"], "of a few alone"
+    assert {name: copy.data_ptr() for name, copy in copied(memory, live).items()} == places
+    assert copied(memory, {"a": torch.ones(11)})["a"].tolist() == [1] * 11
 
 
 def flip(file: Path, place: int) -> None:
