@@ -36,7 +36,7 @@ def settings(record: Record, config: Config | None, why: str) -> dict[str, Any]:
     every = {name: value for name, value in flat(record.resolved) if name.split(".")[0] not in UNSAID}
     changed = []
     if config is not None:
-        usual = dict(usual_values(config))
+        usual = dict(defaults_of(config))
         for name, value in flat(config.model_dump(mode="json", exclude={*UNSAID})):
             if name not in usual or usual[name] != value:
                 changed.append((name, said(name, value), said(name, usual[name]) if name in usual else ""))
@@ -48,20 +48,8 @@ def settings(record: Record, config: Config | None, why: str) -> dict[str, Any]:
     }
 
 
-def usual_values(config: Config) -> list[tuple[str, Any]]:
-    """The defaults of all settings that have one, by their dotted names."""
-    found: list[tuple[str, Any]] = []
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if hasattr(type(value), "model_fields"):
-            found += ((f"{name}.{below}", usual) for below, usual in defaults_of(value))
-        elif not field.is_required():
-            found.append((name, plainly(field.get_default(call_default_factory=True))))
-    return found
-
-
 def defaults_of(section: Any) -> list[tuple[str, Any]]:
-    """The defaults of a table of the kind that was chosen."""
+    """The defaults of all settings that have one, by their dotted names; of a table, those of its kind."""
     found: list[tuple[str, Any]] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
