@@ -257,3 +257,21 @@ def test_a_byte_of_the_manifest_counts(tmp_path: Path) -> None:
     save(asked, 10)
     edit(save(asked, 20), '"lr": 1e-05', '"lr": 2e-05')
     assert latest(asked)[0] == 10
+
+
+@pytest.mark.parametrize(
+    ("said", "world", "stage"),
+    [
+        ({"precision": "fp32"}, 1, 0),
+        ({"precision": "fp32"}, 2, 1),
+        ({"precision": "bf16"}, 1, 1),
+        ({"precision": "fp32", "zero_stage": 1}, 1, 1),
+        ({"precision": "fp32", "zero_stage": 3}, 1, 3),
+        ({"precision": "fp32", "offload_optimizer": "cpu"}, 1, 1),
+        ({"precision": "fp32", "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}}, 1, 1),
+        ("auto", 1, 1),
+    ],
+)
+def test_a_stage_left_open_is_0_only_where_nothing_is_shared(said: Any, world: int, stage: int) -> None:
+    values = {"steps": 1, "batch_size": 2, "model": {"weights": "w"}, "data": {"source": "d"}, "engine": said}
+    assert parse(values).on(world).engine.zero_stage == stage
