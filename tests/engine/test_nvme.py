@@ -189,21 +189,11 @@ def weights(found: list[dict[str, Any]], name: str, kind: str = "weight") -> dic
     return toys.joined([rank[name] for rank in found], kind)
 
 
-def check_same(found: list[dict[str, Any]], one: str, other: str, last: int = STEPS) -> None:
-    """Losses, norms, weights, states and averages of two runs, and what each draws."""
-    for rank in found:
-        for what in ("loss", "norm"):
-            assert rank[one][what][-last:] == pytest.approx(rank[other][what][-last:], rel=1e-5), what
-        assert rank[one]["drawn"] == pytest.approx(rank[other]["drawn"], rel=1e-4)
-    for kind in KINDS:
-        assert toys.distance(weights(found, one, kind), weights(found, other, kind)) < 1e-5, kind
-
-
 @compiled
 def test_a_disk_changes_no_number(found: list[dict[str, Any]]) -> None:
-    check_same(found, "disk", "here")
+    toys.check_same(found, "disk", "here", last=STEPS)
     if len(found) == 1:
-        check_same(found, "away", "here")
+        toys.check_same(found, "away", "here", last=STEPS)
         for kind in KINDS:
             away = weights(found, "away", kind)
             for cell in ("disk", "all away"):
@@ -215,7 +205,7 @@ def test_a_run_goes_on_with_the_disk_or_without(found: list[dict[str, Any]]) -> 
     names = [name for name in found[0] if " then " in name]
     assert len(names) == (4 if len(found) == 1 else 2)
     for name in names:
-        check_same(found, name, name.split(" then ")[0], last=1)
+        toys.check_same(found, name, name.split(" then ")[0], last=1)
 
 
 @compiled
@@ -241,7 +231,7 @@ def test_catches_gradients_and_weights_that_are_lost_on_the_way(
 ) -> None:
     if len(found) == 1:
         with pytest.raises(AssertionError):
-            check_same(found, f"broken {broken}", "here", last=1)
+            toys.check_same(found, f"broken {broken}", "here", last=1)
 
 
 @compiled

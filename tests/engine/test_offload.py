@@ -21,7 +21,6 @@ ADAM: dict[str, Any] = {
 }  # fmt: skip
 STEPS = 3
 AWAY = {"engine__offload_optimizer": "cpu"}
-KINDS = "weight", "exp_avg", "exp_avg_sq", "ema"
 CELLS: dict[str, dict[str, Any]] = {
     **{f"{stage} here": {"engine__zero_stage": stage} for stage in (1, 2, 3)},
     **{f"{stage} away": {"engine__zero_stage": stage, **AWAY} for stage in (1, 2, 3)},
@@ -113,20 +112,9 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return run_ranks(everything, request.param, str(folder), timeout=280)
 
 
-def check_same(found: list[dict[str, Any]], one: str, other: str, last: int = STEPS) -> None:
-    """Losses, norms, weights, states and averages of two runs, and what each draws."""
-    for rank in found:
-        for what in ("loss", "norm"):
-            assert rank[one][what][-last:] == pytest.approx(rank[other][what][-last:], rel=1e-5), what
-        assert rank[one]["drawn"] == pytest.approx(rank[other]["drawn"], rel=1e-4)
-    for kind in KINDS:
-        tensors = [toys.joined([rank[name] for rank in found], kind) for name in (one, other)]
-        assert toys.distance(*tensors) < 1e-5, kind
-
-
 @pytest.mark.parametrize("cell", ["1 away", "2 away", "3 away", "3 all away"])
 def test_what_is_moved_away_changes_no_number(found: list[dict[str, Any]], cell: str) -> None:
-    check_same(found, cell, f"{cell[0]} here")
+    toys.check_same(found, cell, f"{cell[0]} here", last=STEPS)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -145,20 +133,20 @@ def test_a_run_goes_on_wherever_it_lies(found: list[dict[str, Any]]) -> None:
     names = [name for name in found[0] if " then " in name]
     assert len(names) == len(CELLS) + (2 if len(found) == 2 else 0)
     for name in names:
-        check_same(found, name, name.split(" then ")[0], last=1)
+        toys.check_same(found, name, name.split(" then ")[0], last=1)
 
 
 def test_catches_weights_that_are_not_brought_back(found: list[dict[str, Any]]) -> None:
     with pytest.raises(AssertionError):
-        check_same(found, "broken", "2 away", last=1)
+        toys.check_same(found, "broken", "2 away", last=1)
 
 
 def test_a_second_copy_among_neighbours_changes_no_number(found: list[dict[str, Any]]) -> None:
     """The first backward pass, and that after an average's turn, read there the weights of the step."""
     if len(found) == 2:
-        check_same(found, "neighbours", "3 here")
+        toys.check_same(found, "neighbours", "3 here", last=STEPS)
         with pytest.raises(AssertionError):
-            check_same(found, "broken neighbours", "3 here")
+            toys.check_same(found, "broken neighbours", "3 here", last=STEPS)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
@@ -150,3 +151,14 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     gap = sum(float((a[n].double().flatten() - b[n].double().flatten()).square().sum()) for n in a)
     size = sum(float(b[n].double().square().sum()) for n in b)
     return (gap / size) ** 0.5
+
+
+def check_same(found: list[dict[str, Any]], one: str, other: str, last: int) -> None:
+    """Two runs of each rank, by name: the last losses and norms, Adam's numbers, and what each draws."""
+    for rank in found:
+        for what in ("loss", "norm"):
+            assert rank[one][what][-last:] == pytest.approx(rank[other][what][-last:], rel=1e-5), what
+        assert rank[one]["drawn"] == pytest.approx(rank[other]["drawn"], rel=1e-4)
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        tensors = [joined([rank[name] for rank in found], kind) for name in (one, other)]
+        assert distance(*tensors) < 1e-5, kind
