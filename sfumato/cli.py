@@ -5,18 +5,13 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from sfumato import config, device, launch, place, tuning
+from sfumato import config, device, launch, tuning
 from sfumato.errors import CONTINUE, Lost, Stopped, UserError
 from sfumato.grammar import parse
 from sfumato.launch.become import as_ranks, world
 from sfumato.stopping import SIGNALS, Stopping
-
-RANKS = 2
-"""What `bench` starts where --gpus does not say."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,8 +72,11 @@ def train(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     code = as_ranks(arguments, settings.folder / "logs", settings)
     if code is None:
+        packed = settings.method.kind == "lora" and settings.method.base_bits
+        unused = ["bitsandbytes"] if arguments.real and not packed else []
         with Stopping():  # a signal while torch is imported
-            from sfumato import train as loop
+            with tuning.importing(unused):
+                from sfumato import train as loop
 
             loop.train(settings)
     return code or 0
@@ -87,7 +85,8 @@ def train(arguments: argparse.Namespace) -> int:
 def data(arguments: argparse.Namespace) -> int:
     """Look through the data of a config; a UserError if a run would refuse them."""
     settings = config.load(arguments.config, arguments.overrides)
-    from sfumato.audit import examine
+    with tuning.importing():
+        from sfumato.audit import examine
 
     examine(settings, arguments.out or settings.folder / "data", print)
     return 0
@@ -96,7 +95,8 @@ def data(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     """See whether the machine, the ranks and a config compute what they should; 1 if something is bad."""
     settings = config.load(arguments.config, arguments.overrides) if arguments.config else None
-    from sfumato.doctor import begin
+    with tuning.importing():
+        from sfumato.doctor import begin
 
     return begin(arguments, settings)
 
@@ -116,7 +116,8 @@ def cache(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     code = as_ranks(arguments, settings.folder / "logs", settings)
     if code is None:
-        from sfumato import cache as work
+        with tuning.importing():
+            from sfumato import cache as work
 
         print(work.encode(settings))
     return code or 0
@@ -134,9 +135,10 @@ def check(arguments: argparse.Namespace) -> int:
     """Print the plan of a run."""
     settings = config.load(arguments.config, arguments.overrides)
     ranks = world(arguments)
-    from deepspeed.accelerator import get_accelerator
+    with tuning.importing():
+        from deepspeed.accelerator import get_accelerator
 
-    from sfumato.check import check as examine
+        from sfumato.check import check as examine
 
     local = min(ranks, arguments.gpus or ranks)
     if settings.engine.auto:
@@ -151,7 +153,8 @@ def plan(arguments: argparse.Namespace) -> int:
     """Say how a run is best held on devices that need not be here."""
     settings = config.load(arguments.config, arguments.overrides)
     asked = arguments.gpus or 1, arguments.nodes or 1, arguments.memory, arguments.device
-    from sfumato.planner import command
+    with tuning.importing():
+        from sfumato.planner import command
 
     also = arguments.all, arguments.records, arguments.json, arguments.host_memory
     command.plan(settings, *asked, *also)
@@ -163,8 +166,9 @@ def sample(arguments: argparse.Namespace) -> int:
     code = as_ranks(arguments, arguments.out / "logs")
     if code is not None:
         return code
-    from sfumato import sample as work
-    from sfumato.engine import ranks
+    with tuning.importing():
+        from sfumato import sample as work
+        from sfumato.engine import ranks
 
     own = ranks.start(timeout=1800)
     for path in work.sample(work.request_of(arguments), work.Place(own.device, own.rank, own.world)):
@@ -174,41 +178,9 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure."""
-    if arguments.what == "checkpoints":
-        started = launch.supervised() or place.find(os.environ) is not None
-        if not started and arguments.hostfile is None:
-            arguments.gpus = arguments.gpus or RANKS
-        with tempfile.TemporaryDirectory(prefix="sfumato-") as logs:
-            code = as_ranks(arguments, Path(logs))
-        if code is None:
-            from sfumato.bench import saving
+    from sfumato.bench import command
 
-            saving.run(arguments.json, arguments.quick)
-        return code or 0
-    if arguments.what == "faults":
-        from sfumato.bench import faults
-
-        return int(not faults.good(faults.run(arguments.kills, arguments.gpus or RANKS, arguments.json)))
-    if arguments.what == "peers":
-        from sfumato.bench import peers
-
-        peers.run(arguments.model, arguments.diffusers_examples, arguments.rounds, arguments.json)
-        return 0
-    if arguments.real:
-        tuning.restart()
-    if arguments.what == "gates":
-        from sfumato.bench import gates
-
-        return int(gates.are_broken(gates.run(arguments.presets, arguments.json)))
-    if arguments.what == "gpu":
-        from sfumato.bench import gpu
-
-        gpu.run(arguments.toy, arguments.json)
-        return 0
-    from sfumato.bench import data as measure
-
-    measure.run(arguments.json, arguments.quick)
-    return 0
+    return command.bench(arguments)
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -247,7 +219,8 @@ def replay(arguments: argparse.Namespace) -> int:
     """Take a bad batch through the model again; 1 if its numbers are bad again."""
     if arguments.real:
         tuning.restart()
-    from sfumato.replay import replay as again
+    with tuning.importing():
+        from sfumato.replay import replay as again
 
     return 0 if again(arguments.folder) else 1
 
@@ -268,7 +241,8 @@ def demo(arguments: argparse.Namespace) -> int:
 
         print(rebuild(arguments.rebuild_base))
         return 0
-    from sfumato.demo.run import demo as run
+    with tuning.importing():
+        from sfumato.demo.run import demo as run
 
     run(overrides=tuple(arguments.overrides))
     return 0

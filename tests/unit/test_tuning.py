@@ -1,11 +1,14 @@
 """A rank's environment: the run's own over the shell's, and what is fast where the user said nothing."""
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from sfumato.tuning import DONE, Mark, given, has_accelerator, missing, report
+import pytest
+
+from sfumato.tuning import DONE, Mark, given, has_accelerator, importing, missing, report
 from sfumato.variables import ALLOCATOR
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +114,21 @@ def test_nothing_begins_anew_where_nothing_is_missing() -> None:
         DS_ACCELERATOR="cuda",
     )
     assert [line.split()[0] for line in lines] == ["begun", "False"]
+
+
+def test_imports_go_without_the_collector_and_what_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("unneeded", "needed"):
+        (tmp_path / f"{name}.py").write_text("import gc; asleep = not gc.isenabled()")
+    monkeypatch.syspath_prepend(tmp_path)
+    with importing(["unneeded", "os"]):
+        import needed
+    assert needed.asleep and gc.isenabled() and gc.get_freeze_count() > 0
+    assert sys.modules["os"] is os, "what is there already stays"
+    with pytest.raises(ModuleNotFoundError), importing():
+        import unneeded  # noqa: F401
+    assert gc.isenabled(), "an import that fails wakes it too"
+    gc.unfreeze()
+    for name in ("unneeded", "needed"):
+        monkeypatch.delitem(sys.modules, name)
