@@ -15,6 +15,7 @@ from typing import Any
 
 FORM = struct.Struct("<dQq40s")
 """Seconds allowed between two beats (0: none are expected), beats so far, step, what is done."""
+MOST = 8  # ranks that are told of by name
 AWAKE = 5.0  # seconds; an observer that looks again after more was itself stopped or very busy
 WAITING = re.compile(r"/(torch/distributed|deepspeed/comm)/")
 """In a stack: files in which a rank waits for the others."""
@@ -109,6 +110,23 @@ def where(stack: str) -> str:
     return "it is in {2}, {0}:{1}".format(*found[0]) if found else "it is in no line of Python"
 
 
+def guilty_lines(
+    guilty: Sequence[int],
+    beats: Mapping[int, Beat],
+    stacks: Mapping[int, str],
+    notes: Mapping[int, str],
+    world: int,
+) -> list[str]:
+    """A line for each rank that is to blame: when and where it hangs, as far as that is known."""
+    lines = []
+    for rank in guilty[:MOST]:
+        found = notes.get(rank) or (where(stacks[rank]) if rank in stacks else "it does not answer")
+        lines.append(f"rank {rank} of {world} hangs {beats[rank]}: {found}")
+    if len(guilty) > MOST:
+        lines.append(f"{len(guilty) - MOST} more ranks hang like them")
+    return lines
+
+
 def hang(
     beats: Mapping[int, Beat],
     stacks: Mapping[int, str],
@@ -123,13 +141,7 @@ def hang(
     that is known otherwise than by `behind`. world: how many ranks there are, if not all have beats.
     """
     guilty = guilty or behind(beats, stacks)
-    lines = []
-    most = 8
-    for rank in guilty[:most]:
-        found = (notes or {}).get(rank) or (where(stacks[rank]) if rank in stacks else "it does not answer")
-        lines.append(f"rank {rank} of {world or len(beats)} hangs {beats[rank]}: {found}")
-    if len(guilty) > most:
-        lines.append(f"{len(guilty) - most} more ranks hang like them")
+    lines, most = guilty_lines(guilty, beats, stacks, notes or {}, world or len(beats)), MOST
     others = [f"rank {rank} {beat}" for rank, beat in sorted(beats.items()) if rank not in guilty]
     if others:
         more = f" and {len(others) - most} more" if len(others) > most else ""

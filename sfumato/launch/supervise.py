@@ -14,11 +14,12 @@ from sfumato.errors import CONTINUE
 from sfumato.launch.asked import PATIENCE, Asked
 from sfumato.launch.nodes import MISSED, Nodes
 from sfumato.launch.process import ANSWER, Rank, kill, stacks
-from sfumato.launch.pulse import Beat, hang
+from sfumato.launch.pulse import Beat, behind, guilty_lines, hang
 from sfumato.launch.verdict import Ending, placed, verdict
 
 POLL = 0.05  # seconds between two looks at the ranks
 SETTLE = 1.0  # seconds from a rank's failure to the others' end, in which one may still tell the true cause
+ECHO = 5.0  # the same from an echo, which has a cause somewhere
 LEAVING = 20.0  # seconds from a rank's word that it failed to its end; a library's farewell may hang
 TAIL = 20  # lines of a log that are shown for a rank that died without telling why
 
@@ -54,6 +55,8 @@ class Supervisor:
                 if any([rank.hangs for rank in self.left]) or wanted:
                     self._hang()
             if time.monotonic() >= self.kill_at or self.asked.again:
+                if self._gave_up():
+                    self._late()
                 for rank in self.left:
                     kill(rank)
             time.sleep(POLL)
@@ -69,11 +72,11 @@ class Supervisor:
             self.left.remove(rank)
             kill(rank)  # its loader workers, which would wait for ever
             ended = ending(rank)
-            if rank.killed:
+            if rank.killed and not rank.error.exists():
                 continue
             self.endings.append(ended)
             if ended.code not in (0, CONTINUE):
-                self.kill_at = min(self.kill_at, now + SETTLE)
+                self.kill_at = min(self.kill_at, now + (ECHO if ended.echo else SETTLE))
                 if self.others is not None:
                     self.others.tell("failed", failed=True)
         for rank in self.left:
@@ -172,6 +175,24 @@ class Supervisor:
         beats = {**others.unheard(), **beats}
         text = hang(beats, found, limit_of(beats), notes, world=self.world)
         return f"{text}\nthe stacks of all {self.world} ranks are in their logs, {self.known[0].log.parent}"
+
+    def _gave_up(self) -> bool:
+        """Whether ranks ended only because others did not come, and these still run and tell nothing."""
+        failed = [each for each in self.endings if each.code not in (0, CONTINUE)]
+        quiet = self.left and not any(rank.error.exists() for rank in self.left)
+        alone = self.others is None and not self.stopping and not self.asked.again and self.hung is None
+        return bool(alone and quiet and failed and all(each.echo for each in failed))
+
+    def _late(self) -> None:
+        """Name the rank that the others waited for, which is in no beat before the loop."""
+        found, notes = stacks(self.left)
+        beats = {rank.number: rank.pulse.read() for rank in self.left}
+        self._reap()
+        if self._gave_up():
+            said = (self.endings[0].text or "").strip().splitlines()[-1:]
+            lines = [*guilty_lines(behind(beats, found), beats, found, notes, self.world)]
+            lines += [f"rank {self.endings[0].number} gave up waiting: {line}" for line in said]
+            self.hung = "\n".join(lines)
 
     def _end(self) -> tuple[int, str | None]:
         stop, again = self._asked_by(), self.asked.again

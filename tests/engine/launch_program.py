@@ -1,4 +1,4 @@
-"""A supervisor and its ranks for test_launch.py: `RANKS CASE LOGS [NODE NODES PORT LIMIT]`.
+"""A supervisor and its ranks for test_launch.py: `RANKS CASE LOGS [NODE NODES PORT LIMIT [MASTER]]`.
 
 Its ranks run `rank CASE`. Ranks that others start run `alone CASE LOGS`; `hosts FILE CASE LOGS` starts
 machines with `node CASE LOGS`.
@@ -110,6 +110,11 @@ def work(case: str, rank: int) -> int:
             raise RuntimeError("the wheel came off")
         other.recv(1)
         raise RuntimeError("Connection closed by peer")  # as gloo says it
+    elif case == "late":
+        meet(rank)
+        if rank == 1:
+            stuck()
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms")
     elif case == "segfault" and rank == 1:
         ctypes.string_at(0)
     elif case == "saves" or case == "one-stops" and rank == 0:
@@ -135,6 +140,15 @@ def work(case: str, rank: int) -> int:
     return 0
 
 
+def wait_for_all(logs: Path, world: int, text: str) -> None:
+    """Until every rank has written a text into its log: torchrun ends the others when one of them leaves."""
+    end = time.monotonic() + 120
+    files = [logs / f"rank-{rank}.log" for rank in range(world)]
+    while not all(file.exists() and text in file.read_text() for file in files):
+        assert time.monotonic() < end, f"not every rank has said {text!r}"
+        time.sleep(0.05)
+
+
 def guarded(work: Callable[[], int]) -> int:
     """As the command line does it, which a process with few imports goes without."""
     try:
@@ -158,7 +172,10 @@ if __name__ == "__main__":
         assert found is not None, "nobody has made this a rank"
         number = found.rank
         alone.log_here(number, Path(sys.argv[3]))
-        sys.exit(guarded(lambda: work(sys.argv[2], number)))
+        code = guarded(lambda: work(sys.argv[2], number))
+        if sys.argv[2] == "user-error":
+            wait_for_all(Path(sys.argv[3]), found.world, "asked: a thing")
+        sys.exit(code)
     if sys.argv[1] == "hosts":
         from sfumato.launch import hosts
 
@@ -173,7 +190,8 @@ if __name__ == "__main__":
         sys.exit(launch.run(command, options.gpus, Path(sys.argv[3]), at=here))
     count, case, logs, *node = sys.argv[1:]
     supervise.LEAVING = 1.0 if case == "lingers" else supervise.LEAVING
-    at = launch.At(int(node[0]), int(node[1]), "127.0.0.1", int(node[2]), float(node[3])) if node else None
+    master = node[4] if len(node) == 5 else "127.0.0.1"
+    at = launch.At(int(node[0]), int(node[1]), master, int(node[2]), float(node[3])) if node else None
     command = [sys.executable, __file__, "rank", case]
     facts = {"the case": case.removesuffix("-here")}
     sys.exit(guarded(lambda: launch.run(command, int(count), Path(logs), at=at, facts=facts)))

@@ -31,7 +31,7 @@ def begin(case: str, logs: Path, ranks: int = 2) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
     """Exit code, stdout and stderr; no process of this test is left."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -55,7 +55,7 @@ def ours() -> list[psutil.Process]:
 
 
 def check_nothing_left() -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while ours() and time.monotonic() < end:
         time.sleep(0.1)
     assert not ours(), f"left over: {ours()}"
@@ -72,7 +72,7 @@ def sleeping(process: subprocess.Popen[str], logs: Path) -> None:
     """Wait until rank 0, whose output is the supervisor's, and rank 1 are at work."""
     assert process.stdout is not None
     assert process.stdout.readline() == "sleeping\n"
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while "sleeping" not in (logs / "rank-1.log").read_text():
         assert time.monotonic() < end, "rank 1 does not come to work"
         time.sleep(0.05)
@@ -92,7 +92,7 @@ def test_an_exit_code_is_kept_and_the_other_rank_ends(tmp_path: Path) -> None:
     code, _, err = finish(begin("exit-7", tmp_path))
     assert code == 7
     assert "rank 1 of 2 ended with exit code 7" in err
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 120
 
 
 def test_a_users_mistake_is_shown_once_without_traceback(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
     process = begin("sleep", tmp_path)
     sleeping(process, tmp_path)
     process.send_signal(number)
-    code, _, err = finish(process, 10)
+    code, _, err = finish(process)
     assert code == 128 + number
     assert "Traceback" not in err
 
@@ -137,7 +137,7 @@ def test_ranks_may_save_before_they_end(tmp_path: Path, number: int, passed: int
     process.send_signal(number)
     time.sleep(0.2)
     process.send_signal(number)
-    code, out, err = finish(process, 10)
+    code, out, err = finish(process)
     assert (code, out) == (75, f"saved {passed}\n")
     assert f"saved {passed}" in (tmp_path / "rank-1.log").read_text()
     assert ("they have 600 s to save" in err) == (number == signal.SIGTERM)
@@ -152,7 +152,7 @@ def test_a_save_that_fails_is_not_hidden_by_the_stop(tmp_path: Path) -> None:
     process = begin("cannot-save", tmp_path)
     sleeping(process, tmp_path)
     process.send_signal(signal.SIGTERM)
-    code, _, err = finish(process, 10)
+    code, _, err = finish(process)
     assert code == 2
     assert "found: no room" in err
 
@@ -181,6 +181,15 @@ def test_a_rank_that_hangs_ends_all(tmp_path: Path) -> None:
     assert "in train" in (tmp_path / "rank-0.log").read_text()
 
 
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    """Before the loop there are no beats, and who waits for it ends by the group's own timeout."""
+    code, _, err = finish(begin("late", tmp_path))
+    assert code == 1
+    assert err.startswith("rank 1 of 2 hangs before its first step: it is in stuck, ")
+    assert "rank 0 gave up waiting: RuntimeError: [gloo/transport" in err and "Traceback" not in err
+    assert "in stuck" in (tmp_path / "rank-1.log").read_text()
+
+
 def test_a_stopped_process_ends_all(tmp_path: Path) -> None:
     code, _, err = finish(begin("frozen", tmp_path))
     assert code == 1
@@ -193,8 +202,11 @@ def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
-    process.send_signal(signal.SIGINT)
-    assert finish(process, 10)[0] == 128 + signal.SIGINT
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        process.send_signal(signal.SIGINT)  # two that come before it looks are one
+        time.sleep(1)
+    assert finish(process)[0] == 128 + signal.SIGINT
 
 
 def test_ranks_end_with_a_killed_supervisor(tmp_path: Path) -> None:
@@ -204,8 +216,8 @@ def test_ranks_end_with_a_killed_supervisor(tmp_path: Path) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         guard.send_signal(number)  # as Slurm tells every process of a step
     process.kill()
-    process.wait(10)
-    end = time.monotonic() + 10
+    process.wait(60)
+    end = time.monotonic() + 60
     while time.monotonic() < end and "saved" not in (tmp_path / "rank-1.log").read_text():
         time.sleep(0.1)
     assert "saved" in (tmp_path / "rank-1.log").read_text()
@@ -219,7 +231,7 @@ def test_a_closed_pipe_does_not_stop_a_run(tmp_path: Path) -> None:
     process.stdout.close()
     process.send_signal(signal.SIGTERM)
     process.stderr.read()
-    assert process.wait(10) == 75
+    assert process.wait(60) == 75
     assert "saved" in (tmp_path / "rank-0.log").read_text()
     check_nothing_left()
 
