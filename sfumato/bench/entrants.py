@@ -1,226 +1,200 @@
-"""Who takes part in `bench peers`: each side's command, and what is seen of it from outside."""
+"""Who takes part in `bench peers`: each side's command for the same work."""
 
 import json
-import os
-import re
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import psutil
+from sfumato.bench.bare import HINT, LR, RANK, TARGETS
+from sfumato.bench.fire import as_toml
+from sfumato.bench.race import Entrant
+from sfumato.errors import UserError
 
-from sfumato import tuning
-from sfumato.bench.fire import PLACE, as_toml
-
-LIMIT = 900.0  # seconds that a side may take for a round
-POLL = 0.01  # seconds between two looks
-BAR = re.compile(rb"(\d+)/\d+ \[.*?step_loss=([0-9.e+-]+)")
-"""A step of diffusers' progress bar, of which each is drawn twice: without and with its loss."""
+EXAMPLES = {
+    ("full", "sd"): "text_to_image/train_text_to_image.py",
+    ("full", "sdxl"): "text_to_image/train_text_to_image_sdxl.py",
+    ("lora", "sd"): "text_to_image/train_text_to_image_lora.py",
+    ("lora", "sdxl"): "text_to_image/train_text_to_image_lora_sdxl.py",
+    ("controlnet", "sd"): "controlnet/train_controlnet.py",
+    ("controlnet", "sdxl"): "controlnet/train_controlnet_sdxl.py",
+}
+"""In diffusers' folder `examples`, by task and family."""
+NEVER = 10**9
+"""Steps after which something would be saved."""
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """One side: its command, and the folder that it fills and that is thrown away after each round."""
+class Work:
+    """What every side does: train on square pictures of `size` pixels, `batch` of them a step."""
 
-    name: str
-    command: list[str]
-    folder: Path
+    task: str
+    """Of config/method.py: full, lora or controlnet."""
+    family: str
+    size: int
+    batch: int
     steps: int
-    lines: Path | None
-    """A file with a JSON line a step; None: the steps are read off a progress bar on stderr."""
 
 
-@dataclass
-class Seen:
-    """What was seen of one start. times: seconds from its start to the end of each step."""
+@dataclass(frozen=True)
+class Scripts:
+    """Others' files, where they were given: a side without one does not take part."""
 
-    times: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    cpu: float = 0.0
-    """Seconds of the processor from the first step to the last."""
-    memory: int = 0
+    example: Path | None = None
+    recipe: Path | None = None
 
 
-def entrants(place: Path, size: int, batch: int, steps: int, script: Path | None) -> list[Entrant]:
+def find(work: Work, examples: Path | None, recipe: Path | None) -> Scripts:
+    """The scripts for the work. Raises UserError for a folder without them, and for a recipe that cannot run.
+
+    examples: diffusers' folder `examples`. recipe: the folder of deepspeed-diffusers.
+    """
+    example = None if examples is None else examples / EXAMPLES[work.task, work.family]
+    if example is not None and not example.is_file():
+        raise UserError(
+            f"--diffusers-examples {examples}",
+            f"no file {example}",
+            "name the folder `examples` of a checkout of diffusers",
+        )
+    if recipe is None:
+        return Scripts(example)
+    asked, script = f"--seed-recipe {recipe}", recipe / "train_text_to_image.py"
+    if work.family != "sd" or work.task == "controlnet":
+        raise UserError(asked, f"{work.task} of {work.family}", "it trains sd, --task full or lora, alone")
+    if not script.is_file():
+        raise UserError(asked, f"no file {script}", "name a checkout of deepspeed-diffusers")
+    for name in ("omegaconf", "wandb"):
+        if find_spec(name) is None:
+            raise UserError(asked, f"no {name}, which it imports", f"pip install {name}")
+    return Scripts(example, script)
+
+
+def entrants(place: Path, work: Work, scripts: Scripts) -> list[Entrant]:
     """All sides for the model and pictures of a folder; the bare loop is the first."""
     model, pictures = place / "model", place / "pictures"
     python, told = sys.executable, place / "bare" / "metrics.jsonl"
-    bare = [python, "-m", "sfumato.bench.bare", str(model), str(pictures), str(steps), str(batch), str(size)]
-    sides = [Entrant("bare loop", [*bare, str(told)], told.parent, steps, told)]
+    numbers = [str(number) for number in (work.steps, work.batch, work.size)]
+    bare = [python, "-m", "sfumato.bench.bare", str(model), str(pictures), *numbers, str(told), work.task]
+    sides = [Entrant("bare loop", bare, told.parent, work.steps, told)]
     for cache in ("both", "none"):
         name = f"ours-{cache}"
-        config = write_config(place, name, size, batch, cache)
-        command = [python, "-m", "sfumato", "train", str(config), f"steps={steps}"]
+        config = write_config(place, name, work, cache)
+        command = [python, "-m", "sfumato", "train", str(config), f"steps={work.steps}"]
         what = "ours, live" if cache == "none" else "ours, cached"
         folder = place / "runs" / name
-        sides.append(Entrant(what, command, folder, steps, folder / "metrics.jsonl"))
-    if script is not None:
-        out = place / "diffusers"
-        options = {
-            "pretrained_model_name_or_path": model,
-            "train_data_dir": pictures,
-            "caption_column": "text",
-            "output_dir": out,
-            "cache_dir": place / "datasets",
-            "resolution": size,
-            "train_batch_size": batch,
-            "max_train_steps": steps,
-            "learning_rate": 1e-5,
-            "lr_scheduler": "constant",
-            "lr_warmup_steps": 0,
-            "mixed_precision": "no",
-            "seed": 0,
-            "dataloader_num_workers": 1,
-            "checkpointing_steps": 10**9,
-            "report_to": "all",
-        }
-        words = [f"--{key}={value}" for key, value in options.items()]
-        command = [python, str(script), *words, "--center_crop"]
-        sides.append(Entrant("diffusers' example", command, out, steps, None))
+        sides.append(Entrant(what, command, folder, work.steps, folder / "metrics.jsonl"))
+    if scripts.example is not None:
+        sides.append(example_side(place, work, scripts.example))
+    if scripts.recipe is not None:
+        sides.append(recipe_side(place, work, scripts.recipe))
     return sides
 
 
-def write_config(place: Path, name: str, size: int, batch: int, cache: str) -> Path:
+def write_config(place: Path, name: str, work: Work, cache: str) -> Path:
     """A run of ours, with the settings of the others."""
+    method: dict[str, Any] = {"kind": work.task}
+    if work.task == "lora":
+        method |= {"rank": RANK, "alpha": RANK, "targets": TARGETS, "init": "gaussian"}
+    data = {"source": str(place / "pictures"), "resolution": work.size, "center_crop": True, "workers": 1}
+    if work.task == "controlnet":
+        data |= {"conditioning_column": HINT}
     settings = {
         "name": name,
         "output": str(place / "runs"),
-        "batch_size": batch,
-        "micro_batch_size": batch,
+        "batch_size": work.batch,
+        "micro_batch_size": work.batch,
         "model": {"weights": str(place / "model")},
-        "data": {"source": str(place / "pictures"), "resolution": size, "center_crop": True, "workers": 1}
-        | {"cache": cache, "store": str(place / "runs" / name / "store")},
-        "optimizer": {"lr": 1e-5},
+        "method": method,
+        "data": data | {"cache": cache, "store": str(place / "runs" / name / "store")},
+        "optimizer": {"lr": LR},
         "engine": {"precision": "fp32"},
-        "checkpoint": {"every": 10**9, "export": False},
+        "checkpoint": {"every": NEVER, "export": False},
     }
     file = place / f"{name}.toml"
     file.write_text(as_toml(settings), encoding="utf-8")
     return file
 
 
-def race(side: Entrant) -> Seen:
-    """Start a side, watch it to its last step, and end it there."""
-    side.folder.mkdir(parents=True, exist_ok=True)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(PLACE)}
-    env |= tuning.missing(env, 1) | {"TQDM_MININTERVAL": "0", "PYTHONUNBUFFERED": "1"}
-    env["WANDB_MODE"] = "disabled"  # the examples report to whatever is installed
-    log = side.folder.parent / f"{side.folder.name}.log"
-    began = time.perf_counter()
-    with log.open("wb") as words:
-        process = subprocess.Popen(
-            side.command,
-            env=env,
-            stdout=words,
-            stderr=words if side.lines is not None else subprocess.PIPE,
-            start_new_session=True,
-        )
-        seen = Seen()
-        found: list[tuple[float, float]] = []  # of each step its end and its loss
-        reader = None
-        if process.stderr is not None:
-            reader = threading.Thread(target=read_bar, args=(process.stderr.read1, found, words), daemon=True)  # type: ignore[attr-defined]
-            reader.start()
-        try:
-            watch(side, process, found, began, seen)
-        finally:
-            for child in family_of(process.pid):
-                child.kill()
-            process.wait()
-            if reader is not None:
-                reader.join(5)
-    if len(found) < side.steps:
-        tail = b"\n".join(log.read_bytes().splitlines()[-15:]).decode(errors="replace")
-        raise RuntimeError(f"{side.name} ended after {len(found)} of {side.steps} steps:\n{tail}")
-    seen.times = [when - began for when, _ in found[: side.steps]]
-    seen.losses = [loss for _, loss in found[: side.steps]]
-    return seen
+def example_side(place: Path, work: Work, script: Path) -> Entrant:
+    """diffusers' script with Accelerate, in one process."""
+    out = place / "diffusers"
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": place / "model",
+        "train_data_dir": place / "pictures",
+        "caption_column": "text",
+        "output_dir": out,
+        "cache_dir": place / "datasets",
+        "resolution": work.size,
+        "train_batch_size": work.batch,
+        "max_train_steps": work.steps,
+        "learning_rate": LR,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "mixed_precision": "no",
+        "seed": 0,
+        "dataloader_num_workers": 1,
+        "checkpointing_steps": NEVER,
+        "report_to": "all",
+    }
+    if work.task == "lora":
+        options["rank"] = RANK
+    if work.task == "controlnet":
+        options["conditioning_image_column"] = HINT.removesuffix("_file_name")
+    words = [f"--{key}={value}" for key, value in options.items()]
+    words += [] if work.task == "controlnet" else ["--center_crop"]
+    command = [sys.executable, str(script), *words]
+    return Entrant("diffusers' example", command, out, work.steps, None)
 
 
-def watch(
-    side: Entrant,
-    process: subprocess.Popen[bytes],
-    found: list[tuple[float, float]],
-    began: float,
-    seen: Seen,
-) -> None:
-    """Look until the last step was seen, the process has ended, or the time is up."""
-    new = read_lines(side.lines) if side.lines is not None else None
-    first, looks, apart = 0.0, 0, 0.0
-    while len(found) < side.steps and time.perf_counter() < began + LIMIT:
-        ended = process.poll() is not None
-        if new is not None:
-            # Its own clock tells the steps apart more finely than our looks; the first is dated by us.
-            for line in next(new):
-                if not found:
-                    apart = time.perf_counter() - line["seconds"]
-                found.append((apart + line["seconds"], line["loss"]))
-        if found and not first:
-            first = processor(process.pid)
-        if looks % 20 == 0:
-            seen.memory = max(seen.memory, memory(process.pid))
-        if ended:
-            return
-        looks += 1
-        time.sleep(POLL)
-    seen.cpu = processor(process.pid) - first
+def recipe_side(place: Path, work: Work, script: Path) -> Entrant:
+    """deepspeed-diffusers' script as one rank: micro-batches of one, VAE and CLIP at every one of them."""
+    from sfumato.bench.gates.exchange import free_port  # with DeepSpeed behind it
+
+    out = place / "recipe"
+    file = place / "recipe.json"
+    file.write_text(json.dumps(recipe(place, work, out), indent=1) + "\n", encoding="utf-8")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env = alone | {"MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(script), f"--cfg={file}", "--local_rank=0"]
+    return Entrant("seed's recipe", command, out, work.steps, None, env)
 
 
-def read_lines(path: Path) -> Iterator[list[dict[str, float]]]:
-    """The JSON lines that a file has got since the last look, whole ones only."""
-    done = 0
-    while True:
-        text = path.read_bytes()[done:] if path.is_file() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        done += len(whole)
-        yield [json.loads(line) for line in whole.splitlines()]
+def recipe(place: Path, work: Work, out: Path) -> Mapping[str, Any]:
+    """The settings of that script's own cfg/default.json, but for fp32 and what `Work` says.
 
-
-def read_bar(read: Callable[[int], bytes], found: list[tuple[float, float]], words: object) -> None:
-    """Note the steps that a progress bar tells of, until its end."""
-    rest = b""
-    while content := read(65536):
-        words.write(content)  # type: ignore[attr-defined]
-        *parts, rest = re.split(rb"[\r\n]", rest + content)
-        for part in [*parts, rest]:
-            match = BAR.search(part)
-            if match and int(match[1]) > len(found):
-                found.append((time.perf_counter(), float(match[2])))
-            elif match and int(match[1]) == len(found):
-                found[-1] = (found[-1][0], float(match[2]))  # drawn before with the loss of the step before
-
-
-def family_of(pid: int) -> list[psutil.Process]:
-    """A process and all that it has started."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def processor(pid: int) -> float:
-    """Seconds of the processor that a process and its children have used."""
-    total = 0.0
-    for process in family_of(pid):
-        try:
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-        except psutil.Error:
-            continue
-    return total
-
-
-def memory(pid: int) -> int:
-    """Bytes of a process and its children, pages that several share counted in parts."""
-    total = 0
-    for process in family_of(pid):
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return total
+    Its offload "auto" and its optimizer compiled on the spot are left out: neither works on every machine.
+    """
+    warm = {"warmup_min_lr": LR, "warmup_max_lr": LR, "warmup_num_steps": 1}
+    return {
+        "num_epochs": 1,
+        "max_train_steps": work.steps,
+        "validation_epochs": 0,
+        "validation_prompts": None,
+        "lr_warmup_steps": 1,
+        "save_interval": NEVER,
+        "seed": 0,
+        "pretrained_model_name_or_path": str(place / "model"),
+        "dataset_dir": str(place / "pictures"),
+        "imagefolder": True,
+        "checkpoint_dir": str(out / "checkpoints"),
+        "output_dir": str(out / "pictures"),
+        "use_lora": {"action": work.task == "lora", "rank": RANK, "alpha": RANK},
+        "dataloader_num_workers": 1,
+        "resume_from_checkpoint": False,
+        "use_ema": False,
+        "offline": True,
+        "resolution": work.size,
+        "center_crop": True,
+        "random_flip": False,
+        "use_fp16": {"enabled": False},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": work.batch,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.01, "torch_adam": True}},
+        "scheduler": {"type": "WarmupLR", "params": warm},
+        "wall_clock_breakdown": False,
+        "wandb": {"enabled": False},
+        "flops_profiler": {"enabled": False},
+        "zero_optimization": {"stage": 1},
+    }

@@ -1,4 +1,4 @@
-"""`bench peers`: what is read off its sides, and that unequal losses end it. The bare loop runs for real."""
+"""`bench peers`: what is read off its sides, and that unequal losses end it. The bare loops run for real."""
 
 import json
 import sys
@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato import config
 from sfumato.bench import bare, entrants, peers
-from sfumato.bench.entrants import Entrant, race, read_bar
+from sfumato.bench.entrants import EXAMPLES, Scripts, Work
+from sfumato.bench.race import Entrant, race, read_bar
 from sfumato.errors import UserError
 
 WRITES = """
@@ -59,6 +61,22 @@ def test_a_progress_bar_is_read_with_the_loss_of_its_own_step(tmp_path: Path) ->
     assert (tmp_path / "words").read_bytes() == b"".join(drawn)
 
 
+def test_a_bar_that_tells_a_loss_before_its_first_step_is_read(tmp_path: Path) -> None:
+    """As deepspeed-diffusers draws it."""
+    drawn = iter(
+        [
+            b"Steps:   0%|  | 0/2 [00:01<?, ?it/s, epoch= 1, loss=0.500000]\r",
+            b"Steps:  50%|# | 1/2 [00:01<00:01, 1.0s/it, epoch= 1, loss=0.500000]\r",
+            b"Steps: 100%|##| 2/2 [00:02<00:00, 1.0s/it, epoch= 1, loss=0.250000]\r",
+            b"",
+        ]
+    )
+    found: list[tuple[float, float]] = []
+    with (tmp_path / "words").open("wb") as words:
+        read_bar(lambda size: next(drawn), found, words)
+    assert [loss for _, loss in found] == [0.5, 0.25]
+
+
 def test_losses_that_chance_does_not_explain_end_it() -> None:
     equal = [{"name": "one", "losses": [1.0, 0.02]}, {"name": "two", "losses": [1.05, 0.02]}]
     peers.compare_losses(equal)
@@ -66,31 +84,74 @@ def test_losses_that_chance_does_not_explain_end_it() -> None:
         peers.compare_losses([equal[0], {"name": "two", "losses": [1.3, 0.02]}])
 
 
-def test_the_bare_loop_trains_on_the_same_world(tmp_path: Path) -> None:
-    parameters = peers.world(tmp_path, "tiny", 64)
-    file = tmp_path / "lines.jsonl"
-    model, pictures = tmp_path / "model", tmp_path / "pictures"
-    bare.main(model, pictures, 3, 8, 64, file)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(0.5 < line["loss"] < 2 for line in lines), (
-        lines
-    )  # untrained, it says about nothing of the noise
-    moments, states = bare.encoded(model, pictures, 64)
-    assert moments.shape == (peers.PICTURES, 8, 8, 8) and states.shape == (peers.PICTURES, 77, 32)
-    assert (moments[:, 4:] > 0).all()  # standard deviations
-    assert parameters > 1e5
-    torch.testing.assert_close(moments, bare.encoded(model, pictures, 64)[0])
+@pytest.mark.parametrize(("family", "tasks"), [("sd", ["full"]), ("sdxl", ["lora", "controlnet"])])
+def test_the_bare_loops_train_on_the_same_world(
+    family: str, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "PICTURES", 8)
+    learns = peers.world(tmp_path, "tiny", Work(tasks[-1], family, 64, 4, 3))
+    model, pictures, file = tmp_path / "model", tmp_path / "pictures", tmp_path / "lines.jsonl"
+    for task in tasks:
+        bare.main(model, pictures, 3, 4, 64, file, task)
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3]
+        # Untrained, it says about nothing of the noise.
+        assert all(0.5 < line["loss"] < 2 for line in lines), lines
+    data = bare.encoded(model, pictures, 64)
+    assert data["latents"].shape == (8, 8, 8, 8)
+    assert (data["latents"][:, 4:] > 0).all()  # standard deviations
+    torch.testing.assert_close(data, bare.encoded(model, pictures, 64))
+    if family == "sd":
+        assert data["context"].shape == (8, 77, 32)
+        return
+    assert data["context"].shape == (8, 77, 64) and data["pooled"].shape == (8, 40)
+    assert data["sizes"][3].tolist() == [64, 64, 0, 0, 64, 64]
+    assert data["hint"].shape == (8, 3, 64, 64)
+    assert {*data["hint"].unique().tolist()} == {0, 1}  # the outlines that the pictures are of
+    unet, control, trained = bare.learner(model, "controlnet")
+    assert learns == sum(p.numel() for p in trained) == sum(p.numel() for p in control.parameters())
+    assert not any(p.requires_grad for p in unet.parameters())
 
 
-def test_every_side_is_asked_for_the_same(tmp_path: Path) -> None:
-    sides = entrants.entrants(tmp_path, 64, 8, 5, tmp_path / "script.py")
-    assert [one.name for one in sides][-1] == "diffusers' example"
-    assert len({one.folder for one in sides}) == len(sides) == 4
-    assert {"--train_batch_size=8", "--max_train_steps=5", "--resolution=64"} <= set(sides[3].command)
+@pytest.mark.parametrize(("task", "family"), [*EXAMPLES])
+def test_every_side_is_asked_for_the_same(task: str, family: str, tmp_path: Path) -> None:
+    work = Work(task, family, 64, 8, 5)
+    script, recipe = tmp_path / EXAMPLES[task, family], tmp_path / "recipe.py"
+    sides = entrants.entrants(tmp_path, work, Scripts(script, recipe))
+    assert [one.name for one in sides][-2:] == ["diffusers' example", "seed's recipe"]
+    assert len({one.folder for one in sides}) == len(sides) == 5
     assert [one.name for one in peers.order(sides, 1)] == [one.name for one in reversed(sides)]
+    assert sides[0].command[-5:] == ["5", "8", "64", str(sides[0].lines), task]
+
+    example = sides[3].command
+    assert example[1] == str(script)
+    assert {"--train_batch_size=8", "--max_train_steps=5", "--resolution=64", "--mixed_precision=no"} <= {
+        *example
+    }
+    assert ("--rank=4" in example) == (task == "lora")
+    assert ("--conditioning_image_column=conditioning_image" in example) == (task == "controlnet")
+
+    for cache, side in zip(("both", "none"), sides[1:3], strict=True):
+        ours = config.load(side.command[4], side.command[5:])
+        assert (ours.steps, ours.batch_size, ours.data.cache, ours.method.kind) == (5, 8, cache, task)
+        assert ours.optimizer.lr == bare.LR and f"--learning_rate={bare.LR}" in example
+        if ours.method.kind == "lora":
+            assert (ours.method.rank, ours.method.targets) == (bare.RANK, bare.TARGETS)
+
+    told = json.loads(Path(sides[4].command[2].removeprefix("--cfg=")).read_text())
+    assert told["train_micro_batch_size_per_gpu"] * told["gradient_accumulation_steps"] == 8
+    assert told["use_lora"]["action"] == (task == "lora") and told["max_train_steps"] == 5
+    assert sides[4].env["WORLD_SIZE"] == "1"
 
 
-def test_a_folder_without_the_examples_is_refused(tmp_path: Path) -> None:
+def test_folders_without_the_scripts_and_work_that_none_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file .*train_text_to_image.py"):
         peers.run("tiny", tmp_path, 1, None)
+    with pytest.raises(UserError, match="no file .*train_controlnet_sdxl.py"):
+        peers.run("tiny", tmp_path, 1, None, "controlnet", "sdxl")
+    with pytest.raises(UserError, match="no file .*train_text_to_image.py"):
+        peers.run("tiny", None, 1, None, recipe=tmp_path)
+    with pytest.raises(UserError, match="full of sdxl"):
+        peers.run("tiny", None, 1, None, family="sdxl", recipe=tmp_path)
+    with pytest.raises(UserError, match="--model base --family sd --task controlnet"):
+        peers.run("base", None, 1, None, "controlnet")
