@@ -1,18 +1,23 @@
 """Pictures of fixed prompts and seeds, drawn while training, at every ZeRO stage by all ranks together."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from sfumato.drawing import inputs
 from sfumato.drawing.draw import draw
-from sfumato.drawing.pictures import LIST, write
+from sfumato.drawing.pictures import LIST, NUMBER, write
 from sfumato.drawing.request import Sampling, shots
 from sfumato.engine.engine import Engine
 from sfumato.methods import Method
 from sfumato.objective import Objective
 from sfumato.watch import Watch
+
+CONDITIONS = "conditions"
+"""The folder beside those of the steps that holds what a ControlNet is shown, by the prompt's place."""
 
 
 class Previews:
@@ -31,6 +36,7 @@ class Previews:
         self.watch, self.tell = watch, tell
         done = engine.ranks.first and (self.folder(engine.step_count) / LIST).is_file()
         self.last = engine.step_count if engine.ranks.gathered(done)[0] else -1
+        self.forget()
         """The newest step that is drawn."""
 
     def __call__(self) -> None:
@@ -46,6 +52,18 @@ class Previews:
     def back_to(self, step: int) -> None:
         """Draw the steps after `step`, which were undone, anew."""
         self.last = min(self.last, step)
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove what was drawn of steps after the engine's, which were undone; nobody's own files."""
+        for folder in self.folder(0).parent.glob("step-*") if self.engine.ranks.first else ():
+            number = folder.name.removeprefix("step-")
+            if number.isdecimal() and int(number) > self.engine.step_count:
+                with suppress(OSError):  # what is left is replaced when the step is drawn again
+                    for file in sorted(folder.iterdir()):
+                        if file.name == LIST or NUMBER.fullmatch(file.name):
+                            file.unlink()
+                    folder.rmdir()
 
     def folder(self, step: int) -> Path:
         """Where the pictures of a step lie."""
@@ -85,5 +103,11 @@ def preview(
     if engine.ranks.first:
         try:
             write(drawings, folder)
+            for drawing in drawings if wanted.conditions else ():
+                # As the ControlNet was shown it, once for all steps.
+                shown = inputs.of_shot(drawing.shot, "condition", drawing.image.size)
+                place = folder.parent / CONDITIONS / f"{drawing.index:03d}.png"
+                place.parent.mkdir(exist_ok=True)
+                shown.save(place)
         except OSError as error:
             tell(f"the previews could not be written to {folder}: {error.strerror or error}")

@@ -17,6 +17,8 @@ FILES = ("README.md", "curve.png", "drawn.png")
 """What a card consists of."""
 HERE = 'model = "."  # this folder'
 """The line of a card's code that says where the model lies."""
+CONDITIONS = "conditions"
+"""The folder beside those of the previews that holds what a ControlNet was shown."""
 PICTURE = 512
 """The longest side of a preview in a card, in pixels."""
 MACHINE = ("name", "output", "data.store", "data.workers", "data.worker_timeout")
@@ -223,7 +225,7 @@ def previews(folder: Path, step: int) -> tuple[Image.Image, str] | None:
 
     None where there are none, or they cannot be read.
     """
-    numbers = sorted(int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit())
+    numbers = sorted(int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdecimal())
     numbers = [number for number in numbers if number <= step]
     try:
         sets = {number: pictures(folder / f"step-{number:06d}") for number in {*numbers[:1], *numbers[-1:]}}
@@ -233,15 +235,30 @@ def previews(folder: Path, step: int) -> tuple[Image.Image, str] | None:
         return None
     prompts = [prompt for prompt, _ in sets[numbers[-1]]]
     columns = [number for number in sorted(sets) if [prompt for prompt, _ in sets[number]] == prompts]
-    images = [sets[number][row][1] for row in range(len(prompts)) for number in columns]
+    shown = conditions(folder, len(prompts))
+    images = [
+        image
+        for row in range(len(prompts))
+        for image in (*shown[row : row + 1], *(sets[number][row][1] for number in columns))
+    ]
     side = min(PICTURE, max(128, *(max(image.size) for image in images)))
-    sheet = grid(images, prompts, [f"step {number:,}" for number in columns], side=side)
+    heads = ["shown to it"] * bool(shown) + [f"step {number:,}" for number in columns]
+    sheet = grid(images, prompts, heads, side=side)
     steps = " and ".join(f"{number:,}" for number in columns)
     return sheet, f"Drawn after {steps} steps" + (", with the same seeds" if len(columns) > 1 else "")
 
 
+def conditions(folder: Path, count: int) -> list[Image.Image]:
+    """What a ControlNet was shown for each of so many prompts; [] where that is not there."""
+    try:
+        return [Image.open(folder / CONDITIONS / f"{row:03d}.png").convert("RGB") for row in range(count)]
+    except (OSError, ValueError):
+        return []
+
+
 def pictures(folder: Path) -> list[tuple[str, Image.Image]]:
     """Prompt and picture of each preview of a step."""
-    lines = (folder / "drawings.jsonl").read_text(encoding="utf-8").splitlines()
-    told = [json.loads(line) for line in lines]
+    # Not splitlines, for which letters of a prompt may end a line.
+    lines = (folder / "drawings.jsonl").read_text(encoding="utf-8").split("\n")
+    told = [json.loads(line) for line in lines if line]
     return [(line["prompt"], Image.open(folder / line["file"]).convert("RGB")) for line in told]

@@ -182,19 +182,27 @@ def cut_after(path: Path, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (told := step_of(line)) is not None and told <= step]
-    if kept != lines:
-        # Replaced as a whole: a kill between two writes must not lose what was kept.
-        scratch = path.with_name(path.name + ".new")
-        scratch.write_text("".join(kept), encoding="utf-8")
+    if kept == lines[: len(kept)]:
+        # What goes is the file's end, as a rule; a disk without room takes that too.
+        if len(kept) < len(lines):
+            os.truncate(path, sum(map(len, kept)))
+        return
+    # Replaced as a whole: a kill between two writes must not lose what was kept.
+    scratch = path.with_name(path.name + ".new")
+    try:
+        scratch.write_bytes(b"".join(kept))
         os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
-def step_of(line: str) -> int | None:
+def step_of(line: bytes) -> int | None:
     """The step of a line; None for one that a kill left torn."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
 

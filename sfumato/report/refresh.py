@@ -17,7 +17,7 @@ class Refresh:
         self.fault, self.told = "", False
 
     def soon(self) -> None:
-        """Write it if that is due, and none is being written."""
+        """Write it if that is due, and none is being written; one that failed is tried again when it is."""
         if self.fault and not self.told:
             self.told = True
             self.tell(self.fault)
@@ -33,7 +33,7 @@ class Refresh:
             self.thread.join(60)
 
     def _write(self) -> None:
-        self.fault = self.fault or write(self.folder)
+        self.fault = write(self.folder)
 
 
 def write(folder: Path) -> str:

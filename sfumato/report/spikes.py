@@ -64,13 +64,14 @@ def losses_in(metrics: Path) -> list[float]:
     """The last losses of a metrics.jsonl, oldest first; [] if there is none. Torn lines are passed over."""
     if not metrics.is_file():
         return []
-    last: deque[float] = deque(maxlen=WINDOW)
     with metrics.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                loss = json.loads(line).get("loss")
-            except (ValueError, AttributeError):
-                continue
-            if isinstance(loss, int | float):
-                last.append(float(loss))
-    return [*last]
+        ends = deque(lines, maxlen=2 * WINDOW)  # more, as some may tell none
+    found = []
+    for line in ends:
+        try:
+            loss = json.loads(line).get("loss")
+        except (ValueError, AttributeError):
+            continue
+        if isinstance(loss, int | float):
+            found.append(float(loss))
+    return found[-WINDOW:]

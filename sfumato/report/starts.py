@@ -1,8 +1,8 @@
 """When the run's process groups began and ended, and how much of that time went into steps that stand.
 
 starts.jsonl has one line when a group starts, {"time", "step", "world", "device"}, and one when it ends,
-{"time", "step", "end": "done" | "stopped" | "failed"}; times are unix seconds. A group that was killed leaves
-no second line.
+{"time", "step", "seconds", "end": "done" | "stopped" | "failed"}; times are unix seconds, and "seconds" how
+long the group lasted. A group that was killed leaves no second line.
 """
 
 import json
@@ -20,6 +20,8 @@ class Starts:
     def __init__(self, folder: Path, began: float, tell: Callable[[str], None] = print) -> None:
         """began: when this group started. tell: hears of a file that cannot be written."""
         self.path, self.began, self.tell = folder / FILE, began, tell
+        # A clock that is set while a run goes on makes the run neither longer nor shorter.
+        self.origin = time.monotonic() - max(0.0, time.time() - began)
         self.before = counted(read(self.path), began)
         """Seconds that count of earlier starts."""
         self.step = 0
@@ -31,11 +33,12 @@ class Starts:
 
     def end(self, step: int, how: str) -> None:
         """Write how it ended."""
-        self.write({"time": time.time(), "step": step, "end": how})
+        seconds = round(time.monotonic() - self.origin, 3)
+        self.write({"time": time.time(), "step": step, "seconds": seconds, "end": how})
 
     def elapsed(self) -> float:
         """Seconds of the whole run until now."""
-        return self.before + time.time() - self.began
+        return self.before + time.monotonic() - self.origin
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line; a disk that takes it not ends no run."""
@@ -70,12 +73,16 @@ def counted(lines: list[dict[str, Any]], until: float) -> float:
 
     A start counts until it ended. One that failed or was killed counts until the next one began, as the time
     that it took to come back was lost; the pause after one that was stopped, or was done, was asked for.
+    Where a clock went back, a start counts as long as it lasted by its own account.
     """
-    total, begun = 0.0, None
+    total, begun, lasted = 0.0, None, 0.0
     for line in lines:
         if "end" not in line:
-            total += max(0.0, line["time"] - begun) if begun is not None else 0.0
-            begun = line["time"]
-        elif begun is not None and line["end"] in ("stopped", "done"):
-            total, begun = total + max(0.0, line["time"] - begun), None
-    return total + (max(0.0, until - begun) if begun is not None else 0.0)
+            total += max(lasted, line["time"] - begun) if begun is not None else 0.0
+            begun, lasted = line["time"], 0.0
+        elif begun is not None:
+            told = line.get("seconds")
+            lasted = float(told) if isinstance(told, int | float) else max(0.0, line["time"] - begun)
+            if line["end"] in ("stopped", "done"):
+                total, begun = total + lasted, None
+    return total + (max(lasted, until - begun) if begun is not None else 0.0)

@@ -27,6 +27,8 @@ MEANS = (
     *("data_stall", "flops_per_second", "mfu"),
 )
 """Keys of metrics.jsonl whose means over the window are told."""
+LAST = ("step", "steps", "loss", "useful_seconds")
+MEMORY = ("device_memory_gib", "process_memory_gib")
 
 
 @contextmanager
@@ -59,7 +61,11 @@ def accounted(config: Config, place: Ranks, began: float, step: int) -> Iterator
 
 def summary(config: Config, starts: Starts, how: str, device: str, world: int) -> dict[str, Any]:
     """The run in figures, from its metrics.jsonl; those that no line knows are None."""
-    lines = [*read(config.folder / "metrics.jsonl")]
+    # A run of a million steps has many lines, and few of their numbers count here.
+    lines = [
+        {key: line[key] for key in (*MEANS, *LAST, *MEMORY) if key in line}
+        for line in read(config.folder / "metrics.jsonl")
+    ]
     chosen, steps = windowed(lines, config.log.window)
     found: dict[str, Any] = {
         "name": config.name,
@@ -79,9 +85,7 @@ def summary(config: Config, starts: Starts, how: str, device: str, world: int) -
             line["busy"] = line["seconds_per_step"] * (1 - (line["data_stall"] or 0.0))
     found["seconds_per_step_without_data_wait"] = mean(chosen, "busy")
     last = lines[-1] if lines else {}
-    memory = [
-        line[key] for line in lines for key in ("device_memory_gib", "process_memory_gib") if key in line
-    ]
+    memory = [told for line in lines for key in MEMORY if isinstance(told := line.get(key), int | float)]
     return found | {
         "final_loss": last.get("loss"),
         "final_loss_step": last.get("step"),

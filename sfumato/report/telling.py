@@ -123,7 +123,9 @@ class Telling:
         metrics["spike"] = self.spikes.now
 
         def derive(steps: int, seconds: float) -> dict[str, Any]:
-            return self.earned(seconds, metrics["data_seconds"]) | self.arithmetic(bucket, seconds)
+            # An attempt that was undone took as long as another, and was of no use.
+            used = (1 - metrics["skipped"]) * (seconds - metrics["data_seconds"])
+            return self.earned(used) | self.arithmetic(bucket, seconds)
 
         record = self.progress.step(self.engine.step_count, metrics, derive)
         self.starts.step = self.engine.step_count
@@ -155,11 +157,11 @@ class Telling:
             found["data_rank"] = waited.index(max(waited))
         return found | {"images": engine.step_count * self.config.batch_size}
 
-    def earned(self, seconds: float, waited: float) -> dict[str, float]:
-        """How much of the run's wall clock went into steps that stand."""
-        self.useful += max(0.0, seconds - waited)
-        elapsed = self.starts.elapsed()
-        return {"useful_seconds": self.useful, "goodput": min(1.0, self.useful / elapsed)} if elapsed else {}
+    def earned(self, seconds: float) -> dict[str, float]:
+        """How much of the run's wall clock went into steps that stand, as so many more seconds did."""
+        self.useful += max(0.0, seconds)
+        share = self.useful / max(self.starts.elapsed(), 1e-9)
+        return {"useful_seconds": self.useful, "goodput": min(1.0, share)}
 
     def arithmetic(self, bucket: Mapping[tuple[int, int], int], seconds: float) -> dict[str, float]:
         """FLOP/s of each device for the model itself, and its share of the peak, where that is known."""

@@ -32,6 +32,7 @@ WAITS = ("item", "tolist", "cpu", "numpy", "to", "__float__", "__int__", "__bool
 def recorded(jobs: list[dict[str, Any]], late: bool = False) -> list[dict[str, Any]]:
     """Train; the lines of each run, and this rank's losses and draws of each attempt at a step."""
     losses_of, metrics, next_batch = train.losses_of, Engine.metrics, Loader.next_batch
+    runs.without_exports()
     found = []
     for values in jobs:
         attempts: dict[int, list[Any]] = defaultdict(list)  # DeepSpeed's count of batches -> samples
@@ -133,6 +134,9 @@ def test_a_rollback_is_forgotten(alone: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in run["lines"]] == [3, 6]
     check_lines(run["lines"], [run["attempts"]], begun=2)
     assert [line["skipped"] for line in run["lines"]] == [pytest.approx(1 / 2), 0.0]
+    first = run["lines"][0]
+    useful = (first["seconds_per_step"] - first["data_seconds"]) / 2
+    assert first["useful_seconds"] == pytest.approx(useful), "the bad attempt was of use"
 
 
 def test_the_distance_of_the_average(pair: list[list[dict[str, Any]]]) -> None:
@@ -207,6 +211,7 @@ def counting(values: dict[str, Any], how: str) -> list[int]:
 
 
 def counts(values: dict[str, Any]) -> dict[str, list[int]]:
+    runs.without_exports()
     return {how: counting(values, how) for how in ("none", "ours", "broken")}
 
 
@@ -230,6 +235,7 @@ def check_stall(line: dict[str, Any], seconds: float) -> None:
 def slow_source(values: dict[str, Any]) -> list[dict[str, Any]]:
     """A source that sleeps, and then with a clock that stands still."""
     toy_source.install()
+    runs.without_exports()
     found = [runs.metrics(runs.train_here(values).parent)[-1]]
     Clock.waiting = lambda self: nullcontext()  # type: ignore[method-assign,assignment,return-value]
     return [*found, runs.metrics(runs.train_here(values | {"name": "still"}).parent)[-1]]

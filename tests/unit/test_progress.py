@@ -76,6 +76,23 @@ def test_resume_catches_a_file_begun_anew(tmp_path: Path, monkeypatch: pytest.Mo
         check_resume(Progress, tmp_path / "metrics.jsonl")
 
 
+def test_lines_are_cut_where_a_disk_has_no_room(tmp_path: Path) -> None:
+    """Those at the end go in place; a torn one between others stays until there is room."""
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "metrics.jsonl.new").symlink_to("/dev/full")
+    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
+    path.write_text("".join(lines) + '{"st')
+    progress.cut_after(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    torn = "".join([lines[0], '{"st\n', "\xff\n", *lines[1:]])
+    path.write_text(torn, encoding="latin-1")
+    with pytest.raises(OSError, match="No space left"):
+        progress.cut_after(path, 3)
+    assert path.read_text(encoding="latin-1") == torn, "what was kept is lost"
+    progress.cut_after(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+
+
 def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "metrics.jsonl"
     told = Progress(path, 10, 4, console=plain())

@@ -16,9 +16,11 @@ import pytest
 from sfumato import cli
 from sfumato.errors import UserError
 from sfumato.report import page
+from sfumato.report.page import content
 from sfumato.report.page.compare import side_by_side
 from sfumato.report.page.record import Record
 from sfumato.report.page.single import Story, alone
+from sfumato.report.refresh import Refresh
 from tests.unit import run_files
 from tests.unit.report_pages import Tags, check_harmless, given, hostile_run
 
@@ -165,6 +167,38 @@ def test_a_full_disk_raises_nothing_and_leaves_the_old_page(run: Path, tmp_path:
     assert len(heard) == 2 and "No such file" in heard[1]
 
 
+def test_a_disk_that_has_room_again_gets_its_pages_again(run: Path, tmp_path: Path) -> None:
+    folder, heard = copied(run, tmp_path), list[str]()
+    again = Refresh(folder, 0.0, heard.append)
+    (folder / f".report.html.{os.getpid()}.part").symlink_to("/dev/full")
+    for _ in range(2):
+        assert not (folder / "report.html").exists()
+        again.soon()
+        again.close()
+    assert (folder / "report.html").exists() and len(heard) == 1 and "No space left" in heard[0]
+
+
+def test_a_controlnet_is_shown_with_its_second_image(run: Path, tmp_path: Path) -> None:
+    folder = copied(run, tmp_path)
+    rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    run_files.jsonl(folder / "validation.jsonl", [row | {"hint_loss": 1.0, "hint_gap": 0.25} for row in rows])
+    told = folder / "images" / "step-000120" / "drawings.jsonl"
+    rows = [json.loads(line) | {"condition": "/etc/passwd"} for line in told.read_text().splitlines()]
+    run_files.jsonl(told, rows)
+    (folder / "images" / "conditions").mkdir()
+    shutil.copy(
+        folder / "images" / "step-000000" / "000-drawn-seed0.png",
+        folder / "images" / "conditions" / "001.png",
+    )
+    text = page.write(folder).read_text(encoding="utf-8")
+    check_harmless(text)
+    assert text.count("shown to it") == 1 and text.index("shown to it") > text.index(run_files.PROMPTS[1])
+    [chart] = [c for c in given(text, "told")["charts"] if c["title"] == "What the second image is worth"]
+    assert [line["name"] for line in chart["series"]] == ["live", "ema"] and set(chart["series"][0]["y"]) == {
+        0.25
+    }
+
+
 def test_two_threads_may_write_it(run: Path, tmp_path: Path) -> None:
     folder, wrong = copied(run, tmp_path), list[str]()
     threads = [threading.Thread(target=page.write, args=(folder, wrong.append)) for _ in range(4)]
@@ -231,6 +265,22 @@ def test_a_silent_run_is_not_said_to_run(tmp_path: Path) -> None:
     assert "running, 50 of 400 steps, 2m55s left" in Tags(alone(Story(tmp_path))).told
 
 
+def test_a_run_that_is_started_again_stands_where_that_start_began(tmp_path: Path) -> None:
+    """Its lines are hours old, its end told of steps that were undone, and a night's pause is no work."""
+    now = time.time()
+    rows = [row | {"time": now - 40000 + row["step"]} for row in run_files.lines(40)]
+    run_files.jsonl(tmp_path / "metrics.jsonl", rows)
+    run_files.jsonl(tmp_path / "starts.jsonl", [
+        {"time": now - 80000, "step": 0}, {"time": now - 79900, "step": 20, "end": "stopped"},
+        {"time": now - 40000, "step": 20}, {"time": now - 39950, "step": 50, "end": "failed"},
+        {"time": now - 60, "step": 40},
+    ])  # fmt: skip
+    (tmp_path / "resolved.json").write_text(json.dumps(run_files.config(tmp_path)))
+    told = Tags(alone(Story(tmp_path))).told
+    assert "running, 40 of 400 steps" in told and "silent" not in told
+    assert "2m20s of training" in told, "100 s, and 40 s up to the last line"
+
+
 def test_captions_that_do_nothing_are_noticed(tmp_path: Path) -> None:
     for gap, words in ((0.02, None), (1e-5, "may be ignored"), (-0.02, "do not help yet")):
         rows = [row | {"gap": gap} for row in run_files.validation(40, 10)]
@@ -245,6 +295,21 @@ def test_settings_of_another_version_are_shown_as_they_are(run: Path, tmp_path: 
     (folder / "resolved.json").write_text(json.dumps(resolved | {"sorcery": {"level": 9}}))
     told = Tags(alone(Story(folder))).told
     assert "sorcery.level 9" in told and "cannot tell which are unusual" in told
+
+
+def test_usual_settings_are_not_said_to_be_unusual(tmp_path: Path) -> None:
+    """Also the kinds of tables: data.kind = "auto", and that of a method."""
+    for method, told in ({}, {}), ({"kind": "lora"}, {"method.kind": ("lora", "full")}):
+        values = run_files.config(tmp_path, **({"method": method} if method else {}))
+        (tmp_path / "resolved.json").write_text(json.dumps(values))
+        record = Record(tmp_path)
+        record.refresh()
+        config, _ = content.parsed(record)
+        rows = content.settings(record, config, "")["changed"]
+        assert {name: rest for name, *rest in rows if name.endswith(".kind")} == {
+            name: [*both] for name, both in told.items()
+        }
+        assert ["data.source", "photos", '""'] in [[*row] for row in rows]
 
 
 def test_the_verb(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

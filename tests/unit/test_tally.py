@@ -1,6 +1,7 @@
 """The sums behind a line of metrics: exact, in one vector; starts and goodput; the summary at the end."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def test_a_disk_that_takes_no_line_ends_no_run(tmp_path: Path) -> None:
     told = list[str]()
     Starts(tmp_path / "not there", 0.0, told.append).end(3, "done")
     assert len(told) == 1 and "training goes on" in told[0]
+
+
+def test_a_clock_that_is_set_back_makes_no_run_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day back in the middle of a start that lasts no time, and of one that lasted 40 s."""
+    now = time.time()
+    starts = Starts(tmp_path, now - 30)
+    starts.start(0, 1, "cpu")
+    monkeypatch.setattr(time, "time", lambda: now - 86400)
+    assert 30 <= starts.elapsed() < 60
+    starts.end(4, "stopped")
+    assert 30 <= Starts(tmp_path, now - 80000).before < 60
+    lines = [{"time": 100.0, **START}, {"time": 20.0, "seconds": 40.0, "step": 9, "end": "failed"}]
+    assert counted(lines, 30.0) == 40.0 and counted([*lines, {"time": 30.0, **START}], 35.0) == 45.0
 
 
 def line(step: int, each: float, stall: float, useful: float, **more: Any) -> dict[str, Any]:

@@ -68,6 +68,12 @@ def test_scalars_are_the_numbers_of_a_line() -> None:
     }  # fmt: skip
 
 
+def test_a_copy_of_previews_is_none_of_ours(tmp_path: Path) -> None:
+    for name in ("step-1000000", "step-000002", "step-000002 copy 2", "step-x1", "step-"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    assert [trackers.number_of(folder) for folder in trackers.folders(tmp_path)] == [2, 1_000_000]
+
+
 def test_settings_tell_no_path_and_no_variable(tmp_path: Path) -> None:
     found = trackers.settings(config(tmp_path))
     assert found["optimizer.lr"] == 1e-5 and found["steps"] == 100
@@ -163,6 +169,26 @@ class Failing:
 
     def close(self) -> None:
         raise AssertionError("it was asked again")
+
+
+def test_pictures_of_a_step_that_was_undone_end_no_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Opening(Failing):
+        def images(self, step: int, files: Any) -> None:
+            for file in files:
+                if step == 2:
+                    file.unlink()  # as a rollback does
+                file.read_bytes()
+
+        def log(self, step: int, scalars: Any) -> None:
+            self.steps.append(step)
+
+        def close(self) -> None: ...
+
+    tracker = Opening()
+    monkeypatch.setattr(trackers, "begin", lambda *told: tracker)
+    assert start(config(tmp_path, "tensorboard"), 0, 6) == [] and tracker.steps == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("when", ["begin", "log"])

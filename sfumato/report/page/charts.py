@@ -10,7 +10,8 @@ from sfumato.report.page.columns import Curve
 from sfumato.report.page.record import Metrics, Record
 
 OTHERS = 24  # charts of numbers that only this run tells
-PLAIN = {"step", "seconds", "time", "data_seconds", "useful_seconds", "images", "faults", "samples"}
+PLAIN = {"step", "seconds", "time", "useful_seconds", "data_seconds", "data_rank"}
+PLAIN |= {"images", "faults", "samples"}
 """Numbers of metrics.jsonl that no curve is drawn of."""
 LEVELS = 8  # noise levels that have a line
 EVENTS = 400  # marks on the axis of steps
@@ -87,6 +88,14 @@ def validation_charts(kinds: Sequence[str], names: Iterable[str]) -> Iterator[Ch
         tuple((f"gap/{kind}", kind) for kind in kinds),
         zero=True,
         more="Validation loss without captions minus that with them. At 0 the captions are ignored.",
+    )
+    yield Chart(
+        LEARNING,
+        "What the second image is worth",
+        tuple((f"hint_gap/{kind}", kind) for kind in kinds),
+        zero=True,
+        more="Validation loss with a black second image minus that with its own. At 0 it is ignored, as it is"
+        " before the first step.",
     )
     if kinds:
         times = [

@@ -113,7 +113,11 @@ def results(records: Sequence[Record]) -> list[list[str]]:
 
     row("training loss, mean of the last lines", [record.metrics.mean("loss") for record in records])
     for kind in dict.fromkeys(kind for record in records for kind in record.validation.kinds):
-        for key, name in (("loss", "validation loss"), ("gap", "what the captions are worth")):
+        for key, name in (
+            ("loss", "validation loss"),
+            ("gap", "what the captions are worth"),
+            ("hint_gap", "what the second image is worth"),
+        ):
             curves = [record.validation.columns.curve(f"{key}/{kind}") for record in records]
             ends = [
                 None if curve is None or not len(curve.mean) else float(curve.mean[-1]) for curve in curves
@@ -144,7 +148,7 @@ def results(records: Sequence[Record]) -> list[list[str]]:
     row("goodput", [round(100 * number(record.metrics.last.get("goodput")), 1) for record in records], "%")
     times = [state.worked(record) for record in records]
     if any(times):
-        rows.append(["from the first start to the last line", *(long(time) for time in times)])
+        rows.append(["time of the run, without pauses asked for", *(long(time) for time in times)])
     rows.append(["restarts", *(f"{len(record.restarts):,}" for record in records)])
     rows.append(["records that could not be used", *(f"{len(record.faults()):,}" for record in records)])
     return rows

@@ -4,7 +4,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from sfumato.config import Config, parse
 from sfumato.errors import UserError
@@ -53,11 +53,19 @@ def defaults_of(section: Any) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        usual = None if field.is_required() else field.get_default(call_default_factory=True)
         if hasattr(type(value), "model_fields"):
-            found += ((f"{name}.{below}", usual) for below, usual in defaults_of(value))
-        elif not field.is_required() and name != "kind":
-            found.append((name, plainly(field.get_default(call_default_factory=True))))
+            found += ((f"{name}.{below}", other) for below, other in defaults_of(value))
+            found += [(f"{name}.kind", kind)] if (kind := kind_of(usual)) is not None else []
+        elif not field.is_required() and (name != "kind" or len(get_args(field.annotation)) > 1):
+            found.append((name, plainly(usual)))
     return found
+
+
+def kind_of(section: Any) -> str | None:
+    """The word that says which of several tables this is; None for a table of its own."""
+    field = getattr(type(section), "model_fields", {}).get("kind")
+    return str(section.kind) if field is not None and len(get_args(field.annotation)) == 1 else None
 
 
 def plainly(value: Any) -> Any:
@@ -71,7 +79,7 @@ def plainly(value: Any) -> Any:
 
 def said(name: str, value: Any) -> str:
     """A setting as text, without what lies above a folder on this machine."""
-    value = shared(value, name)
+    value = shared(value, name) if value != "" else '""'
     return "unset" if value is None else one_line(value if isinstance(value, str) else toml(value), 600)
 
 

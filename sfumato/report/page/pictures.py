@@ -17,7 +17,7 @@ MOST = 240  # pictures of a page
 BYTES = 3_500_000  # of all of them, as text
 PROMPTS = 24  # of a set
 PIXELS = 2**26  # of a picture that is opened
-LIST = "drawings.jsonl"
+LIST, CONDITIONS = "drawings.jsonl", "conditions"
 Key = tuple[str, str, int]
 """A prompt, its seed, and which of those with both alike."""
 Small = tuple[str, int, int]
@@ -31,6 +31,8 @@ class Preview:
     path: Path
     prompt: str
     seed: str
+    condition: Path | None = None
+    """What a ControlNet was shown."""
 
 
 class Album:
@@ -87,12 +89,15 @@ class Album:
             made = {step: self.small(self.sets[step][key].path) for step in steps if key in self.sets[step]}
             there = {step: small for step, small in made.items() if small is not None}
             sizes = [small[1:] for small in there.values()]
+            given = self.sets[max(made)][key].condition if made else None
+            condition = self.small(given) if given is not None else None
             rows.append(
                 {
                     "prompt": key[0],
                     "seed": key[1],
                     "uris": {step: small[0] for step, small in there.items()},
                     "size": max(sizes, default=(SIDE, SIDE)),
+                    "condition": condition[0] if condition is not None else None,
                     "unreadable": len(made) - len(there),
                 }
             )
@@ -114,10 +119,10 @@ def previews(folder: Path) -> dict[Key, Preview]:
     """The pictures of a step, as their list tells; where it tells nothing, all that lie there."""
     rows = Rows(folder / LIST)
     rows.refresh()
-    told = [(row.get("file"), row.get("prompt"), row.get("seed")) for row in rows.all]
-    told = told or [(path.name, path.stem, "") for path in sorted(entries(folder, "*.png"))]
+    told = [(row.get("file"), row.get("prompt"), row.get("seed"), "condition" in row) for row in rows.all]
+    told = told or [(path.name, path.stem, "", False) for path in sorted(entries(folder, "*.png"))]
     found: dict[Key, Preview] = {}
-    for name, prompt, seed in told:
+    for place, (name, prompt, seed, conditioned) in enumerate(told):
         # A list that names files elsewhere is not ours.
         if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
             continue
@@ -125,7 +130,9 @@ def previews(folder: Path) -> dict[Key, Preview]:
         turn = 0
         while (key := (words, str(seed), turn)) in found:
             turn += 1
-        found[key] = Preview(folder / name, words, str(seed))
+        # The list names the user's own file, which the page has no business to read.
+        shown = folder.parent / CONDITIONS / f"{place:03d}.png" if conditioned else None
+        found[key] = Preview(folder / name, words, str(seed), shown)
     return found
 
 

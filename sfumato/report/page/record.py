@@ -3,7 +3,6 @@
 import json
 import time
 from collections import Counter, deque
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +55,15 @@ class Metrics(Growing):
         self.broken += len(records) - len(good)
         if not good:
             return
-        found = {}
-        for name in dict.fromkeys(chain(good[0], *({*good[0]} ^ {*record} for record in good[1:]))):
-            values = column([record.get(name) for record in good])
-            if name != "step" and values is not None:
-                found[name] = values
-        self.columns.add(np.array([record["step"] for record in good], np.int64), found)
+        # Most lines have the same keys, so that their values are turned into columns at once.
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for record in good:
+            groups.setdefault(tuple(record), []).append(record)
+        for names, alike in groups.items():
+            told = dict(zip(names, zip(*map(dict.values, alike), strict=True), strict=True))
+            steps = np.array(told.pop("step"), np.int64)
+            found = {name: values for name, rows in told.items() if (values := column(rows)) is not None}
+            self.columns.add(steps, found)
         self.count += len(good)
         self.first, self.last = self.first or good[0], good[-1]
         self.ends.extend(good[-LAST:])
@@ -93,13 +95,17 @@ class Metrics(Growing):
         return mean if np.isfinite(mean) else None
 
 
+NAMES = ("loss", "null_loss", "gap", "hint_loss", "hint_gap")
+
+
 class Validation(Metrics):
-    """Losses on what is held out, as curves named "loss/WEIGHTS", "gap/WEIGHTS" and "t/T/WEIGHTS"."""
+    """Losses on what is held out, as curves named "loss/WEIGHTS", "gap/WEIGHTS", "hint_gap/WEIGHTS" (of a
+    ControlNet) and "t/T/WEIGHTS"."""
 
     def flat(self, record: dict[str, Any]) -> dict[str, Any]:
         weights = str(record.get("weights", "live"))[:40]
         found = {"step": record["step"], "samples": record.get("samples")}
-        found |= {f"{name}/{weights}": record.get(name) for name in ("loss", "null_loss", "gap")}
+        found |= {f"{name}/{weights}": record.get(name) for name in NAMES}
         parts = record.get("quantiles")
         for part in parts[:32] if isinstance(parts, list) else ():
             if isinstance(part, dict) and np.isfinite(number(part.get("t"))):
@@ -139,8 +145,9 @@ class Record:
     @property
     def step(self) -> int:
         """The last step that was told of."""
-        told = [step_of(row) for row in self.starts.all if "end" in row]
-        return max(0, self.metrics.last.get("step", 0), *(step or 0 for step in told[-1:]))
+        # That of the newest start or end: what an older end tells may have been undone.
+        told = [step_of(row) for row in self.starts.all[-1:]]
+        return max(0, self.metrics.last.get("step", 0), *(step or 0 for step in told))
 
     @property
     def steps(self) -> int | None:

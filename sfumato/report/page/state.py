@@ -1,10 +1,12 @@
 """How a run goes: its state, its figures, what deserves a look, and what is not told."""
 
+import math
 from dataclasses import dataclass
 
 from sfumato.report.page.lines import number, step_of
 from sfumato.report.page.record import Record
 from sfumato.report.page.words import figure, long, several, when
+from sfumato.report.starts import counted
 
 SILENT = 600.0  # seconds without a line, at least, after which a run is said to be silent
 SLOW = 20  # or so many times as long as lines usually take
@@ -50,10 +52,13 @@ def state(record: Record) -> Told:
 
 
 def silence(record: Record) -> float | None:
-    """Seconds since the last line, if they are many."""
+    """Seconds since the last line, or the start after it, if they are many."""
     try:
         told = number(record.metrics.last.get("time"))
-        age = record.now - (told if told > 0 else record.metrics.path.stat().st_mtime)
+        told = told if told > 0 else record.metrics.path.stat().st_mtime
+        # A run that was started again loads its model before it tells another line.
+        begun = [number(row.get("time")) for row in record.starts.all[-1:]]
+        age = record.now - max([told, *(time for time in begun if time == time)])
     except OSError:
         return None
     steps = [row["step"] for row in record.metrics.ends]
@@ -112,10 +117,11 @@ def tiles(record: Record) -> list[dict[str, str]]:
 
 
 def worked(record: Record) -> float | None:
-    """Seconds from the first start to the last line."""
-    begun = [number(row.get("time")) for row in record.starts.all[:1]]
+    """Seconds from the first start to the last line, without the pauses that were asked for."""
     last = number(record.metrics.last.get("time"))
-    return last - begun[0] if begun and last >= begun[0] else None
+    rows = [row for row in record.starts.all if number(row.get("time")) <= last]
+    found = counted(rows, last) if math.isfinite(last) else 0.0
+    return found if found > 0 else None
 
 
 def notes(record: Record, faults: int, bad: int) -> list[Told]:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ NEEDED = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", 
 """Tracker -> the package that it needs, which is the extra's name too."""
 QUIET = ("offline", "disabled")
 """Values of WANDB_MODE that need no key."""
+STEP = re.compile(r"step-[0-9]{1,15}")
 KEPT = "trackers.json"
 """The file in a run's folder that says under which number each tracker knows the run."""
 WAITING = 10_000  # things to tell before more are dropped
@@ -157,6 +159,8 @@ class Trackers:
             else:
                 getattr(trackers[name], what)(*told)
         except Exception as error:
+            if what == "images" and not all(file.exists() for file in told[1]):
+                return  # the step was undone meanwhile
             trackers.pop(name, None)
             said = str(error).strip().split("\n")[0] or type(error).__name__
             self.faults.put(f"{name} failed and is told no more; training goes on: {said}")
@@ -187,8 +191,9 @@ def keep(folder: Path, numbers: Mapping[str, str]) -> None:
 
 
 def folders(run: Path) -> list[Path]:
-    """The folders of a run's previews, by step."""
-    return sorted((run / "images").glob("step-*[0-9]"))
+    """The folders of a run's previews, by step; what else lies there, such as a copy, is none."""
+    found = [path for path in (run / "images").glob("step-*") if STEP.fullmatch(path.name)]
+    return sorted(found, key=number_of)
 
 
 def number_of(folder: Path) -> int:
