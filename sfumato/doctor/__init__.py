@@ -13,6 +13,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from sfumato import tuning
 from sfumato.config import Config
 from sfumato.launch.become import as_ranks
 
@@ -27,7 +28,9 @@ def begin(arguments: argparse.Namespace, config: Config | None) -> int:
     verdict = Path(os.environ.setdefault(VERDICT, str(logs / "verdict")))
     code = as_ranks(arguments, logs, config)
     if code is None:
-        from sfumato.doctor.examine import examine
+        packed = config is not None and config.method.kind == "lora" and config.method.base_bits
+        with tuning.importing(["bitsandbytes"] if arguments.real and not packed else []):
+            from sfumato.doctor.examine import examine
 
         return examine(config, arguments.real_model, arguments.json)
     if code == 0:

@@ -48,6 +48,7 @@ def facts(config: Config | None) -> dict[str, Any]:
         "versions": versions.found(),
         "python": platform.python_version(),
         "code": code(),
+        "edited": code() != LOADED,
         "config": hashed(config.model_dump_json().encode()) if config else "",
         "shown": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SHOWN)},
     }
@@ -70,6 +71,10 @@ def hashed(*parts: bytes) -> str:
     for part in parts:
         whole.update(part)
     return whole.hexdigest()
+
+
+LOADED = code()
+"""The files as they were when this process began, which is what it computes with."""
 
 
 def look(rounds: Rounds, config: Config | None) -> list[Line]:
@@ -128,6 +133,10 @@ def alike(told: dict[int, Any], config: Config | None) -> list[Line]:
             numbers = [int(value, 16) for value in values]
             text = f"{called} differ: {odd(numbers).replace('bits', 'ones').replace('hold', 'have')}"
             found.append(bad("same on all", text + differing(told, kind), do))
+    edited = [rank for rank in sorted(told) if told[rank].get("edited")]
+    if edited:
+        text = f"Sfumato's own files were changed while {named(edited)} ran: a rank may have read both kinds"
+        found.append(bad("same on all", text, "start the doctor again, and do not edit what runs"))
     what = ["versions", "Sfumato's files"] + (["config"] if config else [])
     return found or [good("same on all", f"{', '.join(what)}: the same on {named(sorted(told))}")]
 

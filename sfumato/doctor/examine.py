@@ -23,13 +23,14 @@ from sfumato.doctor import (
     hardware,
     kernels,
     machine,
+    nvme,
     parity,
     speed,
     sums,
     twin,
     versions,
 )
-from sfumato.doctor.lines import ORDER, Line, Verdict, bad, show, summary, unseen
+from sfumato.doctor.lines import ORDER, Line, Verdict, bad, show, summary, unseen, warning
 from sfumato.doctor.rounds import Answer, Rounds, trouble
 from sfumato.engine import ranks
 from sfumato.engine.engine import Engine
@@ -181,6 +182,7 @@ def look(
 ) -> None:
     """Every check in turn; all ranks call it together."""
     place, world = rounds.place, rounds.place.world
+    config = None if config is None else config.on(world)
     tried = config if config is not None else twin.default(world)
     low = DTYPES[tried.engine.precision]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -192,6 +194,7 @@ def look(
         ("device", lambda: hosts(rounds, "device", lambda: hardware.lines(config, place.device), 20)),
         ("memory", lambda: hosts(rounds, "memory", lambda: machine.lines(config, local), 20)),
         ("disks", lambda: hosts(rounds, "disks", lambda: disks.lines(config), 30)),
+        ("disk nvme", lambda: hosts(rounds, "disk nvme", lambda: nvme.lines(config, world, local), 40)),
         ("settings", lambda: versions.settings(config, world, kind())),
         ("data", lambda: company.data(rounds, config)),
         ("ranks", lambda: company.look(rounds, config)),
@@ -213,6 +216,9 @@ def look(
         except Exception as error:
             # Only the first rank reads answers: the others are already at the next question.
             report.add([bad(name, f"the check itself failed: {type(error).__name__}: {error}", "report it")])
+    if rounds.over:
+        text = "it was over before all was looked at: this machine has much else to do, or is slow"
+        report.add([warning("time", text, "end other work, and start the doctor again")])
 
 
 def tried_engine(

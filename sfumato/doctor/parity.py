@@ -8,6 +8,7 @@ from sfumato.config import Config
 from sfumato.doctor.gradient import measure, merged
 from sfumato.doctor.lines import Line, bad, good, judged, unseen
 from sfumato.doctor.rounds import Rounds, named, trouble
+from sfumato.doctor.twin import at_hand
 from sfumato.engine.ds_config import autocast
 from sfumato.engine.engine import Engine
 
@@ -22,7 +23,7 @@ OWN, MOST = 1.5, 0.1
 attention kernel rounds elsewhere. A LoRA of the toy SDXL was at 1.5e-2. But never farther than `MOST`."""
 ADAMW = 1e-2
 """AdamW's first step turns tiny gradients into whole ones, whose signs rounding may change."""
-LIMIT, LIMIT_REAL = 60.0, 600.0  # seconds
+LIMIT, LIMIT_COMPILED, LIMIT_REAL = 60.0, 100.0, 600.0  # seconds
 DO = "do not train with these settings: try engine.zero_stage = 1 without [engine.deepspeed], and report it"
 
 
@@ -34,7 +35,7 @@ def look(
     if rounds.apart:
         return [unseen(name, rounds.apart)] if rounds.first else []
     place = rounds.place
-    limit = LIMIT if toy else LIMIT_REAL
+    limit = LIMIT_REAL if toy is None else LIMIT_COMPILED if config.engine.compile else LIMIT
     answers = rounds.ask(lambda: measure(config, place, toy, kind), limit, together=True)
     if not rounds.first:
         return []
@@ -61,8 +62,16 @@ def arithmetic(config: Config) -> str:
 def described(config: Config, world: int, batch: Sequence[int], toy: bool) -> str:
     """The settings that were tried."""
     engine = config.engine
+    checkpointing = "checkpointing" if engine.gradient_checkpointing else ""
+    if engine.gradient_checkpointing == "selective":
+        checkpointing = "selective checkpointing"
+    waits = engine.offload_optimizer
+    if waits == "nvme" and not at_hand(config):
+        waits = "cpu"
     extra = [
-        "checkpointing" if engine.gradient_checkpointing else "",
+        checkpointing,
+        "compiled" if engine.compile else "",
+        f"optimizer on {waits}" if waits != "none" else "",
         engine.attention or "",
         "own DeepSpeed keys" if engine.deepspeed else "",
         "clipped" if config.optimizer.max_grad_norm else "",

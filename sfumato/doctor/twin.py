@@ -1,5 +1,6 @@
 """A config's toy twin: the same family, method and engine settings on a model of milliseconds."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sfumato.config import Config, parse
 from sfumato.config.training import Ema
 from sfumato.data.batch import Batch, Draws
 from sfumato.data.draws import torch_seed
+from sfumato.engine import reader
 from sfumato.methods import Method
 from sfumato.models.folder import Facts, examine, read_json
 from sfumato.models.hub import is_hub_id
@@ -85,6 +87,9 @@ def shrunk(config: Config, world: int, folder: Path, toy: Path | None) -> Config
             method = method.model_copy(update={"weights": None})
     if method.kind == "lora":
         method = method.model_copy(update={"dropout": 0.0})
+    engine = config.engine
+    if engine.offload_optimizer == "nvme" and not at_hand(config):
+        engine = engine.model_copy(update={"offload_optimizer": "cpu"})
     plain = {"name": "sgd", "lr": RATE, "text_encoder_lr": None, "weight_decay": 0.0, "scale_lr": False}
     law = {"schedule": "constant", "warmup_steps": 0}
     return config.model_copy(
@@ -97,15 +102,25 @@ def shrunk(config: Config, world: int, folder: Path, toy: Path | None) -> Config
             "model": model,
             "method": method,
             "data": config.data.model_copy(update={"cache": "none"}),
+            "engine": engine,
             "optimizer": config.optimizer.model_copy(update=plain | law),
             "ema": Ema(),
         }
     )
 
 
+def at_hand(config: Config) -> bool:
+    """Whether the optimizer can wait on the config's disk now: its reader would take minutes to compile, and
+    whoever ends that by force leaves a lock which later starts wait for."""
+    folder = config.engine.nvme_path
+    return reader.is_there() and folder is not None and os.access(folder, os.W_OK | os.X_OK)
+
+
 def plainly(config: Config) -> Config:
-    """The same with torch's own attention, and activations that are kept."""
-    own = config.engine.model_copy(update={"attention": None, "gradient_checkpointing": False})
+    """The same with torch's own attention, activations that are kept, and nothing compiled."""
+    own = config.engine.model_copy(
+        update={"attention": None, "gradient_checkpointing": False, "compile": False}
+    )
     return config.model_copy(update={"engine": own})
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from sfumato.config import Config
 from sfumato.doctor.lines import Line, bad, good, judged, unseen, warning
-from sfumato.engine import cells
+from sfumato.engine import cells, offload
 from sfumato.engine.cells import numbers
+from sfumato.engine.ds_keys import check_nested_keys
 from sfumato.errors import UserError
 
 PYTHONS = ((3, 11), (3, 14))
@@ -91,6 +92,9 @@ def settings(config: Config | None, world: int, accelerator: str) -> list[Line]:
     engine = config.engine
     try:
         steps = config.accumulation(world)
+        offload.check(config, world)
+        if engine.deepspeed:
+            check_nested_keys(config, world)
         several = [*cells.found(config, world, accelerator)]
     except UserError as error:
         return [bad(name, f"{error.asked}: {error.found}", error.do)]

@@ -93,14 +93,14 @@ def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def check_nested_keys(config: Config, world: int) -> None:
     """Let DeepSpeed's own models read the user's keys; what they refuse is a UserError."""
     # The import takes seconds, and few runs have such keys.
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     settings = ds_config(config, world)
     # DeepSpeed would compare it with the ranks of a group that does not exist yet.
     del settings["train_batch_size"]
     try:
         DeepSpeedConfig(settings)
-    except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AssertionError, AttributeError, KeyError, DeepSpeedConfigError) as error:
         raise UserError(
             f"[engine.deepspeed] with the keys {', '.join(config.engine.deepspeed)}",
             f"DeepSpeed refuses them: {error}",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from sfumato.doctor import company, disks, hardware, machine, parity, rounds, sums, versions
+from sfumato.doctor import company, disks, hardware, machine, nvme, parity, rounds, sums, twin, versions
 from sfumato.doctor.lines import Line, Verdict, bad, good, show, unseen, warning
-from sfumato.engine import cells
+from sfumato.engine import cells, reader
 from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
 from tests.engine import toys
@@ -43,30 +44,90 @@ def test_versions_have_verdicts() -> None:
 
 
 def issues(version: str, world: int = 2, accelerator: str = "gpu", **changes: Any) -> list[str]:
-    config = toys.config(micro_batch_size=2, **changes)
-    return [cell.issue.split()[-1] for cell in cells.found(config, world, accelerator, version)]
+    config = toys.config(**{"micro_batch_size": 1, **changes})
+    return [cell.issue for cell in cells.found(config, world, accelerator, version)]
 
 
-OVERLAP = {"engine__deepspeed": {"zero_optimization": {"overlap_comm": True}}}
-OFFLOAD = {"engine__deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}
+def zero(**keys: Any) -> dict[str, Any]:
+    return {"engine__deepspeed": {"zero_optimization": keys}}
+
+
+FIRST, SECOND, THIRD = ({"engine__zero_stage": stage} for stage in (1, 2, 3))
+BF16: dict[str, Any] = {"engine__precision": "bf16"}
+FP32: dict[str, Any] = {"engine__precision": "fp32"}
+MOVED = {"engine__offload_optimizer": "cpu"}
+HALF, WHOLE = {"micro_batch_size": 2}, {"micro_batch_size": 4}
+"""Two micro-batches a step on two ranks, and one; four where nothing is said."""
+ONE_RANK, ON_CPUS = {"world": 1}, {"accelerator": "cpu"}
+OVERLAP = SECOND | zero(overlap_comm=True)
+COMPILED = OVERLAP | {"engine__compile": True}
+PIECES = SECOND | ON_CPUS | zero(contiguous_gradients=False)
+AUDITED: list[tuple[str, str, str, str, dict[str, Any], list[dict[str, Any]]]] = [
+    ("7718", "0.17.5", "0.17.6", "0.18.3", SECOND, [FIRST, WHOLE, MOVED]),
+    ("8224", "0.18.2", "0.18.3", "0.19.8", SECOND | BF16, [FIRST, FP32, MOVED, ONE_RANK]),
+    ("7965", "", "0.1.0", "0.19.0", OVERLAP, [zero(overlap_comm=False), THIRD, ON_CPUS]),
+    ("8061", "", "0.1.0", "0.19.3", COMPILED, [{"engine__compile": False}, ON_CPUS]),
+    ("7985", "0.18.2", "0.18.3", "0.19.0", FIRST | BF16, [SECOND, WHOLE, FP32, MOVED, ONE_RANK]),
+    (
+        "7967",
+        "0.15.1",
+        "0.15.2",
+        "0.19.0",
+        SECOND | MOVED,
+        [FIRST, HALF, {"engine__offload_optimizer": "none"}],
+    ),
+    ("8382", "", "0.9.0", "0.19.8", PIECES, [zero(), THIRD, MOVED, ONE_RANK, {"accelerator": "gpu"}]),
+]
+"""An issue's number; the last version before it, the first with it, the first without; settings in it, and
+what of them leads out of it."""
+
+
+@pytest.mark.parametrize(("issue", "before", "first", "good", "bad", "others"), AUDITED)
+def test_a_cell_holds_for_its_versions_and_settings_alone(
+    issue: str, before: str, first: str, good: str, bad: dict[str, Any], others: list[dict[str, Any]]
+) -> None:
+    def told(version: str, **changes: Any) -> bool:
+        return any(f" {issue}" in found for found in issues(version, **bad | changes))
+
+    # The last broken release before the one that is right.
+    *major, minor = map(int, good.split("."))
+    last = ".".join(map(str, [*major, minor - 1])) if minor else f"0.{major[1] - 1}.9"
+    assert told(first) and told(last) and told(f"{last}+cu128")
+    assert not told(good) and not told(f"{good}.dev0")
+    assert not before or not told(before)
+    for other in others:
+        assert not told(last, **other), other
+
+
+def test_every_cell_with_versions_is_audited() -> None:
+    dated = [cell.issue for cell in cells.CELLS if cell.good and cell.issue.startswith("DeepSpeed")]
+    assert len(dated) == len(AUDITED)
+    assert all(any(f" {row[0]}" in issue for row in AUDITED) for issue in dated)
 
 
 @pytest.mark.parametrize(
-    ("issue", "version", "changes", "better", "other"),
+    ("keys", "words", "harmless"),
     [
-        ("7718", "0.17.6", {"engine__zero_stage": 2}, "0.18.3", {"engine__zero_stage": 3}),
-        ("8224", "0.19.3", {"engine__zero_stage": 2, "engine__precision": "bf16"}, "0.18.2", {}),
-        ("7965", "0.18.9", {"engine__zero_stage": 2, **OVERLAP}, "0.19.0", {"engine__zero_stage": 2}),
-        ("7985", "0.19.0", {"engine__precision": "bf16"}, "0.19.8", {"engine__precision": "fp32"}),
-        ("7981", "0.19.0", OFFLOAD, "0.19.8", {}),
+        ({"gradient_allreduce_op": "sum"}, "as many times too long", {"gradient_allreduce_op": "mean"}),
+        ({"managed_gradient_accumulation": False}, "a whole batch", {"managed_gradient_accumulation": True}),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "no gradient norm", {}),
+        ({"compile": {"deepcompile": True}}, "does nothing by itself", {}),
     ],
 )
-def test_a_cell_holds_for_its_versions_and_settings_alone(
-    issue: str, version: str, changes: dict[str, Any], better: str, other: dict[str, Any]
+def test_keys_under_which_the_gradient_is_not_the_batchs_are_refused(
+    keys: dict[str, Any], words: str, harmless: dict[str, Any]
 ) -> None:
-    assert issue in issues(version, **changes)
-    assert issue not in issues(better, **changes)
-    assert issue not in issues(version, **other)
+    config = toys.config(micro_batch_size=2, engine__deepspeed=keys)
+    assert any(words in cell.what for cell in cells.found(config, 2, "gpu"))
+    assert issues("0.19.8", engine__deepspeed=harmless) == []
+    if "gradient_allreduce_op" in keys:
+        assert not [*cells.found(config, 1, "gpu")]
+
+
+def test_compiled_blocks_in_bf16_on_cpus_are_known_to_be_wrong() -> None:
+    on: dict[str, Any] = {"engine__compile": True}
+    assert issues("0.19.8", accelerator="cpu", **on, **BF16) == ["tried with torch 2.13"]
+    assert issues("0.19.8", accelerator="cpu", **on) == issues("0.19.8", **on, **BF16) == []
 
 
 def test_every_stage_of_the_tested_version_is_outside() -> None:
@@ -138,6 +199,59 @@ def test_a_lock_that_does_not_hold_is_seen(tmp_path: Path) -> None:
     assert done.stdout.split() == ["free", "free"]
 
 
+def waiting(folder: Path, **changes: Any) -> Any:
+    """A LoRA of SD 1.5 whose optimizer waits on a disk."""
+    model = {"model__weights": "stable-diffusion-v1-5/stable-diffusion-v1-5", "method__kind": "lora"}
+    away = {"engine__offload_optimizer": "nvme", "engine__nvme_path": str(folder), "engine__zero_stage": 3}
+    return toys.config(**{"micro_batch_size": 2, "method__rank": 64, **model, **away, **changes})
+
+
+def test_the_disk_of_an_optimizer_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nvme.lines(toys.config(), 1, 1) == []
+    if what := reader.lacking():
+        pytest.skip(f"no optimizer can wait on a disk here without {what}")
+    line = nvme.room(waiting(tmp_path), 1, 1)
+    numbers = 25_000_000  # of rank 64: a state of SGD's none, so weights alone, and a checkpoint's copy
+    assert line.verdict is Verdict.GOOD and "of each step" in line.text, line
+    assert 2 * 4 * numbers * 0.2 < line.figures["needed"] < 2 * 4 * numbers * 2
+    assert line.figures["write"] > 0 and line.figures["read"] > 0 and not [*tmp_path.iterdir()]
+    monkeypatch.setattr(nvme, "LONG", 0.0)
+    slow = nvme.room(waiting(tmp_path), 1, 1)
+    assert slow.verdict is Verdict.WARNING and "a faster disk" in slow.do
+    unknown = nvme.room(waiting(tmp_path, model__weights="toy"), 1, 1)
+    assert unknown.verdict is Verdict.WARNING and "is not known" in unknown.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine__zero_stage": 2}, "at stage 3 only"),
+        ({"engine__nvme_path": "/no/such/place"}, "no such folder"),
+        ({"engine__nvme_path": "/proc"}, "/proc"),
+    ],
+)
+def test_a_disk_that_cannot_hold_an_optimizer_is_bad(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    line = nvme.room(waiting(tmp_path, model__weights="toy", **changes), 1, 1)
+    assert line.verdict is Verdict.BAD and words in line.text and line.do
+
+
+def test_nothing_is_compiled_for_a_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert not twin.at_hand(waiting(tmp_path))
+    small = twin.shrunk(waiting(tmp_path), 1, tmp_path, tmp_path / "toy")
+    assert small.engine.offload_optimizer == "cpu" and small.engine.zero_stage == 3
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    line = nvme.compiled()
+    assert line.verdict is Verdict.BAD and "a compiler" in line.text and "libaio-dev" in line.do
+    lock = reader.place_of("async_io") / "lock"
+    lock.touch()
+    for path in (lock, lock.parent):
+        os.utime(path, (time.time() - 2 * reader.STILL,) * 2)
+    assert str(lock) in nvme.compiled().text
+
+
 def test_the_machine_has_its_lines() -> None:
     names = [line.name for line in machine.lines(toys.config(), 1)]
     assert names == [
@@ -179,13 +293,17 @@ def fact(**changes: Any) -> dict[str, Any]:
     return {**plain, "versions": {"torch": "2.13.0"}, "shown": {}, **changes}
 
 
-def test_ranks_that_are_not_alike_are_named() -> None:
+def test_ranks_that_are_not_alike_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {0: fact(), 1: fact(device="gpu:1"), 2: fact(device="gpu:2", versions={"torch": "2.12.0"})}
     assert company.present(told)[0].verdict is Verdict.GOOD
     line = company.alike(told, None)[0]
     assert line.verdict is Verdict.BAD and "rank 2" in line.text and "torch: 2.12.0, 2.13.0" in line.text
     same = company.alike({0: fact(), 1: fact()}, None)[0]
     assert same.verdict is Verdict.GOOD
+    edited = company.alike({0: fact(), 1: fact(edited=True)}, None)
+    assert edited[0].verdict is Verdict.BAD and "changed while rank 1 ran" in edited[0].text
+    monkeypatch.setattr(company, "LOADED", "other files")
+    assert company.facts(None)["edited"]
     shared = company.present({0: fact(), 1: fact()})[0]
     assert shared.verdict is Verdict.BAD and "ranks 0, 1 share gpu:0" in shared.text
     uneven = company.present({0: fact(), 1: fact(device="gpu:1"), 2: fact(host="b")})[0]
