@@ -157,7 +157,7 @@ def plan(arguments: argparse.Namespace) -> int:
         from sfumato.planner import command
 
     also = arguments.all, arguments.records, arguments.json, arguments.host_memory
-    command.plan(settings, *asked, *also)
+    command.plan(settings, *asked, *also, alone=arguments.real)
     return 0
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 FUSED = ("cpu", "cuda", "xpu", "mps")
 """Kinds of devices for which torch itself has AdamW in one pass over memory. ROCm calls itself cuda."""
 
+COMPILERS = {"cpu": None, "cuda": "triton"}
+"""Kinds of devices for which torch.compile makes code, and the package that it needs for that."""
+
 
 def telling(record: logging.LogRecord) -> bool:
     """Whether a line of DeepSpeed's log tells a user something: that it takes the CPU does not."""

@@ -151,11 +151,11 @@ def bench_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     command = verb("bench", "measure this machine, and how the program stands up to it")
     command.add_argument(
         "what",
-        choices=("data", "checkpoints", "faults", "peers", "gates", "gpu"),
+        choices=("data", "checkpoints", "faults", "peers", "scaling", "gates", "gpu"),
         help="how fast data are read, beside Pillow and datasets; what saving and going on take, beside "
         "DeepSpeed's own; whether a run that is killed again and again loses anything; how fast we train, "
-        "beside a bare loop and diffusers' example; what a step does at full size, counted without a device; "
-        "how fast one card is",
+        "beside a bare loop and others' scripts; what 1, 2 and 4 ranks make of it; what a step does at full "
+        "size, counted without a device; how fast one card is",
     )
     command.add_argument("presets", nargs="*", metavar="PRESET", help="of gates; default: all that train")
     command.add_argument("--toy", action="store_true", help="of gpu: toy models, on any machine")
@@ -164,12 +164,18 @@ def bench_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     ranks_options(command)
     command.add_argument("--kills", type=positive, metavar="N", default=100, help="of faults; default: 100")
     command.add_argument(
-        "--model", choices=("tiny", "base", "mid"), default="tiny", help="of peers; default: tiny"
+        "--model", choices=("tiny", "base", "mid"), default="tiny", help="of peers and scaling; default: tiny"
     )
-    command.add_argument("--rounds", type=positive, metavar="N", default=5, help="of peers; default: 5")
+    both = "of peers and scaling; default: 5"
+    command.add_argument("--rounds", type=positive, metavar="N", default=5, help=both)
+    command.add_argument(
+        "--task", choices=("full", "lora", "controlnet"), default="full", help="of peers; default: full"
+    )
+    command.add_argument("--family", choices=("sd", "sdxl"), default="sd", help="of peers; default: sd")
     command.add_argument(
         "--diffusers-examples", type=Path, metavar="DIR", help="of peers: diffusers' folder `examples`"
     )
+    command.add_argument("--seed-recipe", type=Path, metavar="DIR", help="of peers: deepspeed-diffusers")
 
 
 def data_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:

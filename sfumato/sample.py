@@ -41,6 +41,8 @@ class Request:
     dtype: str | None = None
     variant: str | None = None
     offload: bool = False
+    vae: str = "whole"
+    compile: bool = False
     loras: Sequence[tuple[Path, float]] = ()
     control: str | None = None
     image: Path | None = None
@@ -156,6 +158,8 @@ def find(request: Request, source: str | Path, shots: Sequence[Shot], place: Pla
         variant=request.variant,
         device=place.device,
         offload=request.offload,
+        vae=request.vae,
+        compile=request.compile,
     )
 
 

@@ -1,5 +1,6 @@
 """For all tests: few threads, so that many processes fit on few cores; no GPU tests where there is none."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 
 
 LONGEST = (
-    *("test_storm", "test_slurm_real", "test_demo_style", "test_command", "test_offload", "test_hosts"),
-    *("test_text_encoders", "test_training", "test_textual_inversion", "test_controlnet", "test_numbers"),
+    *("test_validation", "test_storm", "test_slurm_real", "test_command", "test_training", "test_hosts"),
+    *("test_text_encoders", "test_offload", "test_controlnet", "test_demo_style", "test_textual_inversion"),
     *(
+        "test_numbers",
         "test_nvme",
-        "test_validation",
         "test_metrics",
         "test_bench_gates",
         "test_launch_others",
@@ -41,6 +42,12 @@ LONGEST = (
     *("test_drawing_command", "test_agreement", "test_watch", "test_data_workers", "test_report_browser"),
 )
 """The files that take longest, in that order: begun first, no worker is alone with one at the end."""
+
+
+def pytest_collection_finish() -> None:
+    """Half a second for every look of the collector through all that is imported by now, but for this."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from sfumato import prior
 from sfumato.check.looks import looks
 from sfumato.check.rules import (
     IMAGES,
+    check_compile,
     check_conditions,
     check_folder,
     check_host,
@@ -156,8 +157,9 @@ def check(
     data, missing = config.data, list[int]()
     with noted(faults):
         steps = config.accumulation(world)
-    with noted(faults):
-        check_precision(config, accelerator)
+    for rule in (check_precision, check_compile):
+        with noted(faults):
+            rule(config, accelerator)
     faults += deepspeed_faults(config.engine.deepspeed)
     if steps and not faults:
         with noted(faults):

@@ -18,6 +18,14 @@ PLANNED = ("zero_stage", "gradient_checkpointing", "offload_optimizer", "offload
 """Settings of [engine] that the planner may choose; the others move numbers, or are the user's."""
 
 
+SPELT = {
+    "name": "it names a folder: letters, digits, dots, - and _, from a letter or digit on",
+    "word": "it is one word, without blanks",
+    "push_to_hub": "a repository is OWNER/NAME",
+}
+"""How settings with a pattern are written."""
+
+
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, or a preset by its name, apply `key=value` overrides and check everything.
 
@@ -113,6 +121,8 @@ def describe(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{setting} is missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":
+        message = SPELT.get(said[-1], message)
     return message if problem["type"] == "value_error" else f"{setting} = {problem['input']!r}: {message}"
 
 

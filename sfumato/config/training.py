@@ -69,8 +69,12 @@ class Engine(Section):
     """Offload to page-locked memory, which copies faster; false where the system allows too little of it."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the trained part; the optimizer always holds fp32 weights. fp16 needs a GPU."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a quarter more arithmetic."""
+    gradient_checkpointing: Literal[False, True, "selective"] = False
+    """Recompute activations in the backward pass: less memory, about a quarter more arithmetic. "selective"
+    keeps what products and convolutions answer and recomputes the rest: no more arithmetic, less is saved."""
+    compile: bool = False
+    """Let torch.compile join the operations inside the denoiser's repeated blocks, at the first step, which
+    takes minutes. Numbers change by rounding. Below zero_stage = 3; docs/speed.md says what was proved."""
     auto: bool = False
     """Let `sfumato plan` choose at each start what is not set here of zero_stage, offload_optimizer,
     offload_parameters and gradient_checkpointing, and micro_batch_size. `engine = "auto"` says the same."""

@@ -11,6 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+HOST = ("ids", "visits", "dropped")
+"""What a batch holds to be read on the host: asking a device for it would wait for all that it was told."""
+GAP = 64
+"""Bytes before a tensor of a block at most, so that each begins where vector instructions like it."""
+
 
 class Fault(NamedTuple):
     """A record that could not be used, and why."""
@@ -82,8 +87,29 @@ class Batch:
         return replace(self, **changed, text=text, draws=self.draws.map(change))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device; from pinned memory the copy does not wait."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on a device, see `moved`; from pinned memory the copy does not wait."""
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch, changed but for what is read of it on the host (HOST), which stays as it is.
+
+        change: copies a tensor. Where all lies in one block, as `packed` has it, it is called once, and once
+        for each of `text`, which the backward pass may need when all else is free again.
+        """
+        tensors, kept = named(self), {name: getattr(self, name) for name in HOST}
+        block = block_of(tensors)
+        if block is None:
+            return replace(self.map(change), **kept)
+        begins = {name: tensor.storage_offset() * tensor.itemsize for name, tensor in tensors.items()}
+        text = min((begin for name, begin in begins.items() if name.startswith("text/")), default=len(block))
+        copied = change(block[:text])
+        for name, tensor in tensors.items():
+            if name.startswith("text/"):
+                tensors[name] = change(tensor)
+                continue
+            part = copied[begins[name] : begins[name] + tensor.nbytes]
+            tensors[name] = part.view(tensor.dtype).view(tensor.shape)
+        return rebuilt(tensors | kept, Words(self.captions, self.faults, self.text is not None))
 
 
 class Words(NamedTuple):
@@ -100,6 +126,18 @@ def named(batch: Batch) -> dict[str, Tensor]:
     found = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     found |= {f"draws.{name}": value for name, value in vars(batch.draws).items() if value is not None}
     return found | {f"text/{name}": value for name, value in (batch.text or {}).items()}
+
+
+def block_of(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The bytes, (n,) uint8, of the one block of the host's that tensors fill, but for gaps; None without."""
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    filled = sum(tensor.nbytes + GAP for tensor in tensors.values())
+    first = storages[0]
+    if any(other.data_ptr() != first.data_ptr() for other in storages) or first.nbytes() > filled:
+        return None
+    if first.device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors.values()):
+        return None
+    return torch.empty(0, dtype=torch.uint8).set_(first)
 
 
 def rebuilt(tensors: Mapping[str, Tensor], words: Words) -> Batch:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.data.batch import Batch, Words, named, rebuilt
+from sfumato.data.batch import GAP, Batch, Words, named, rebuilt
 
 SMALL = 2**20  # bytes that a pipe takes in less time than a handshake
-ALIGNED = 64  # bytes; what vector instructions and direct memory access like
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def packed(batch: Batch) -> Packed:
     """A batch on the CPU, copied into one block."""
     tensors, places, end = named(batch), dict[str, Place](), 0
     for name, tensor in tensors.items():
-        place = Place(-(-end // ALIGNED) * ALIGNED, tuple(tensor.shape), tensor.dtype)
+        place = Place(-(-end // GAP) * GAP, tuple(tensor.shape), tensor.dtype)
         places[name], end = place, place.end
     block = torch.empty(end, dtype=torch.uint8)
     for name, place in places.items():

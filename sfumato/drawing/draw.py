@@ -15,6 +15,7 @@ from sfumato.drawing import inputs, pipelines
 from sfumato.drawing.pictures import Drawing
 from sfumato.drawing.request import Sampling, Shot
 from sfumato.drawing.schedulers import scheduled
+from sfumato.drawing.textkeys import remembering
 from sfumato.drawing.words import words
 from sfumato.errors import UserError
 from sfumato.models.family import Family
@@ -58,7 +59,12 @@ def draw(
     places = share(len(shots), rank, world)
     found: list[Drawing] = []
     done = 0
-    with evaluating(pipeline), scheduled(pipeline, sampling.scheduler), coding_in_its_dtype(pipeline.vae):
+    with (
+        evaluating(pipeline),
+        scheduled(pipeline, sampling.scheduler),
+        coding_in_its_dtype(pipeline.vae),
+        remembering(pipeline.components.values()),
+    ):
         for chunk in chunks(places, shots, sampling.batch_size):
             here = [shots[place % len(shots)] for place in chunk]
             negatives = negatives_of(here, sampling)

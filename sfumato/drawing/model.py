@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from sfumato.drawing import adapters, pipelines, sources
+from sfumato.drawing.options import VAE
 from sfumato.drawing.sources import Found
 from sfumato.errors import UserError
+from sfumato.models import compiled
 from sfumato.models.family import Family
 from sfumato.models.loading import DTYPES, peft_library
 
@@ -32,6 +34,10 @@ class Ready:
     """One of DTYPES."""
     device: torch.device
     offload: bool
+    vae: str = VAE[0]
+    """One of VAE."""
+    compile: bool = False
+    """Whether the denoiser's blocks are compiled."""
 
     def settings(self) -> dict[str, Any]:
         """What the drawings' facts tell of it."""
@@ -42,6 +48,10 @@ class Ready:
             facts["loras"] = ", ".join(f"{path}={weight:g}" for path, weight in self.loras)
         if self.control is not None:
             facts["control"] = str(self.control)
+        if self.vae != VAE[0]:
+            facts["vae"] = self.vae
+        if self.compile:
+            facts["compile"] = True
         return facts
 
 
@@ -68,6 +78,8 @@ def find(
     variant: str | None = None,
     device: torch.device | str = "cpu",
     offload: bool = False,
+    vae: str = VAE[0],
+    compile: bool = False,
 ) -> Ready:
     """The model that a source means, after all its files and those of its adapters were checked.
 
@@ -77,6 +89,8 @@ def find(
     device = torch.device(device)
     if offload:
         pipelines.check_offload(device)
+    if compile:
+        compiled.check_here("--compile", device.type, dtype)
     found = sources.find_model(source, variant)
     if found.kind == "lora" and found.adapter is not None:
         loras = ((found.adapter, 1.0), *loras)
@@ -95,7 +109,8 @@ def find(
         adapters.check_control(place, found.folder)
     adapters.check_files(found.folder, found.variant)
     chosen = window or found.prompt_window
-    return Ready(str(source), found, chosen, emphasis, tuple(loras), place, dtype, device, offload)
+    how = dtype, device, offload, vae, compile
+    return Ready(str(source), found, chosen, emphasis, tuple(loras), place, *how)
 
 
 def check_roles(folder: Path, roles: frozenset[str], source: str, control: Path | None) -> None:
@@ -138,4 +153,17 @@ def open_model(ready: Ready) -> Opened:
         # The ControlNet computes at every step, and its pipeline's order of parts does not name it.
         _ = control.to(ready.device) if control is not None else None
         pipeline.enable_model_cpu_offload(device=ready.device)
+    settle(ready, pipeline, control)
     return Opened(pipeline, family, control)
+
+
+def settle(ready: Ready, pipeline: Any, control: Any) -> None:
+    """Let a pipeline and its ControlNet compute as it is asked."""
+    if ready.vae == "sliced":
+        pipeline.vae.enable_slicing()
+    elif ready.vae == "tiled":
+        pipeline.vae.enable_tiling()
+    denoiser = pipeline.components.get("unet") or pipeline.components.get("transformer")
+    for net in (denoiser, control) if ready.compile else ():
+        if net is not None:
+            compiled.compile_blocks(net, several=False, learning=False)

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 WINDOWS = (77, 150, 225)
+VAE = ("whole", "sliced", "tiled")
+"""How the VAE decodes: a batch at once, picture by picture, or tile by tile."""
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -91,6 +93,17 @@ def how_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--offload", action="store_true", help="keep on the GPU only the part that computes: slower, smaller"
+    )
+    group.add_argument(
+        "--vae",
+        choices=VAE,
+        default=VAE[0],
+        help="decode a batch's pictures one by one, or each in tiles, whose seams change it: less memory",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch.compile join the denoiser's operations: for many pictures",
     )
 
 

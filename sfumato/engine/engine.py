@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.config import Config
-from sfumato.engine import ema, offload, optimizer, profiles, reader, shards, swap
+from sfumato.engine import ema, gradients, offload, optimizer, profiles, reader, shards, swap
 from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.scale import LossScale
@@ -106,6 +106,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=base, model_parameters=[*trained.values()], config=settings
             )
+        gradients.take_over(self.deepspeed)
         if place is not None:
             states = *optimizer.STATES[config.optimizer.name], *profiles.kinds(config.ema)
             swap.prepare(self.deepspeed, states)

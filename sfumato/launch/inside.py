@@ -21,6 +21,8 @@ STACK_FILE = "SFUMATO_STACK_FILE"
 LOG_FILE = "SFUMATO_LOG_FILE"
 LIFELINE = "SFUMATO_LIFELINE"
 NETWORK = ("DistBackendError", "DistNetworkError", "DistStoreError")
+HUNG_UP = ("gloo/transport", "Connection closed by peer", "failed to pass monitoredBarrier")
+"""What an error says that only tells of another rank, which left or did not come."""
 
 
 def supervised() -> bool:
@@ -60,7 +62,7 @@ def is_echo(error: BaseException) -> bool:
     if isinstance(error, UserError | Lost):
         return False
     text = str(error)
-    return type(error).__name__ in NETWORK or "gloo/transport" in text or "Connection closed by peer" in text
+    return type(error).__name__ in NETWORK or any(words in text for words in HUNG_UP)
 
 
 def report(error: BaseException) -> bool:

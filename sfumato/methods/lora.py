@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sfumato import config, models
 from sfumato.errors import UserError
+from sfumato.methods.joined import join
 from sfumato.methods.method import Method, Trained
 from sfumato.models import quantized
 from sfumato.models.family import Family
@@ -106,7 +107,8 @@ class LoRA(Method):
         return self.assembled(**nets)
 
     def settle(self, parts: Parts) -> None:
-        """Put the frozen layers into few bits, if asked."""
+        """Put the frozen layers into few bits, if asked, and adapters into one operator with the last sum."""
+        join(parts, NAME)
         if self.rule.base_bits is not None:
             quantized.quantize(parts, self.rule.base_bits)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sfumato import config
 from sfumato.data.batch import Batch
+from sfumato.models.compiled import compile_blocks
 from sfumato.models.denoiser import prepare
 from sfumato.models.family import Family
 from sfumato.models.folder import Facts, weight_files
@@ -112,10 +113,13 @@ class Method:
         raise AssertionError(f"{name} is in no file")
 
     def assembled(self, **parts: nn.Module) -> Parts:
-        """The parts with the run's attention kernel and activation checkpointing."""
-        engine = self.config.engine
-        for part in parts.values():
+        """The parts with the run's attention kernel and activation checkpointing, compiled if asked."""
+        engine, data = self.config.engine, self.config.data
+        several = data.buckets is not None or len(data.resolutions) > 1
+        for name, part in parts.items():
             prepare(part, engine.attention, engine.gradient_checkpointing)
+            if engine.compile and name not in self.text:
+                compile_blocks(part, several)
         return Parts(self.predict, parts)
 
     def text_parts(self) -> dict[str, nn.Module]:

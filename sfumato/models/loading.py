@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from sfumato.config import Config
 from sfumato.errors import UserError
 from sfumato.models.folder import read_json
+from sfumato.models.unscaled import unscale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What settings call the numbers that a model computes with."""
@@ -118,6 +119,7 @@ def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, de
             f"its file lacks {len(names)} of the weights that config.json asks for, such as {names[0]}",
             "use a config.json and weights that belong together",
         )
+    unscale(model)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -127,6 +129,7 @@ def shaped(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     with quiet(), torch.device("meta"):
         ours = kind.__module__.startswith("diffusers")
         model = kind.from_config(said) if ours else kind(kind.config_class(**said))
+        unscale(model)
         return model.to(dtype).eval().requires_grad_(False)
 
 

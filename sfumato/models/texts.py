@@ -111,7 +111,7 @@ class Texts:
         if batch.text is not None:
             found = {name: rows.to(self.device) for name, rows in batch.text.items()}
         else:
-            dropped = batch.dropped.to(self.device)
+            dropped = batch.dropped.to(self.device, non_blocking=True)
             null = self.null_condition()
             found = {
                 name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), null[name], rows)
@@ -127,7 +127,7 @@ class Texts:
         found = self.words(prompts) | {"dropped": batch.dropped}
         if self.size_and_crop:
             found["size_and_crop"] = batch.size_and_crop
-        return {name: rows.to(self.device) for name, rows in found.items()}
+        return {name: rows.to(self.device, non_blocking=True) for name, rows in found.items()}
 
     def read_batch(self, encoders: Mapping[str, Any], words: Condition) -> Condition:
         """What `condition` says, from `batch_words` and encoders that learn."""

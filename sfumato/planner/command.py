@@ -1,19 +1,13 @@
 """`sfumato plan`: what a run takes and how it is best held, before a device is rented."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from sfumato import tuning
 from sfumato.config import Config
 from sfumato.errors import UserError
-from sfumato.planner.answer import Answer, answer, held, nothing_fits
-from sfumato.planner.architectures import facts_of
-from sfumato.planner.costs import cost_of
-from sfumato.planner.devices import DEVICES, find, like
-from sfumato.planner.fit import reserve
-from sfumato.planner.rows import Ask, check_asked, speeds_on, told
-from sfumato.planner.table import heading, lines, shown
+from sfumato.planner.devices import find, like
+from sfumato.planner.ways import check_asked
 
 MOST = 1e6
 """GB above which a size of memory was typed wrong."""
@@ -29,10 +23,12 @@ def plan(
     records: int | None = None,
     file: Path | None = None,
     host: float | None = None,
+    alone: bool = False,
 ) -> None:
     """Print the plan of a run on `nodes` machines of `gpus` devices, and write it to a file.
 
     memory: GB of a device; unset: the named device's. host: GB of a machine's own memory; unset: enough.
+    alone: this process does nothing else, and imports no more than a plan needs.
     Raises UserError for a device that is not known, a config that cannot be run so, and where nothing fits.
     """
     if memory is None and device is None:
@@ -47,6 +43,15 @@ def plan(
     size = 1e9 * (memory if memory is not None else named.memory if named is not None else 0)
     own = None if host is None else 1e9 * host
     check_asked(config, gpus * nodes)
+    config = config.on(gpus * nodes)
+    packed = config.method.kind == "lora" and config.method.base_bits
+    unused = ["bitsandbytes"] if alone and not packed else []
+    with tuning.importing(unused):  # which takes seconds, so that a mistake above is told before
+        from sfumato.planner.answer import answer, nothing_fits
+        from sfumato.planner.architectures import facts_of
+        from sfumato.planner.rows import Ask
+        from sfumato.planner.table import heading, lines, whole
+
     ask = Ask(config, facts_of(config.model), gpus * nodes, gpus, size, named or like(size), host=own)
     print("\n".join(heading(ask)), end="\n\n", flush=True)  # the rest may take a minute
     found = answer(ask, every)
@@ -55,37 +60,3 @@ def plan(
         file.write_text(json.dumps(whole(found), indent=1) + "\n", encoding="utf-8")
     if found.best is None:
         raise nothing_fits(found)
-
-
-def whole(found: Answer) -> dict[str, Any]:
-    """Everything, for JSON: bytes, FLOPs and seconds."""
-    ask, best = found.ask, found.best
-    out: dict[str, Any] = {
-        "name": ask.config.name,
-        "ranks": ask.world,
-        "ranks_of_a_machine": ask.local,
-        "memory": ask.memory,
-        "reserve": reserve(ask.memory),
-        "device": asdict(ask.device),
-        "rows": [told(row) for row in found.rows],
-        "recommended": None,
-    }
-    if best is not None:
-        out["recommended"] = told(best) | {
-            "reason": found.reason,
-            "settings": {"micro_batch_size": best.micro, "engine": held(best)},
-        }
-        out["sizes"] = []
-        for high, wide in shown(ask.sizes):
-            cost = asdict(cost_of(ask.config, ask.facts, best.way, (high, wide)))
-            learns = {"trained": sum(1 for _ in cost.pop("trained")), "width": wide, "height": high}
-            out["sizes"].append(learns | cost)
-        out["devices"] = {
-            device.name: {
-                name: {"images_per_second": found_.images, "seconds": ask.config.steps * found_.step}
-                for name, found_ in speeds_on(device, ask, best.config, best.cost, best.traffic).items()
-            }
-            for device in DEVICES
-            if device.memory * 1e9 >= best.memory.device
-        }
-    return out

@@ -5,7 +5,6 @@ from math import prod
 from typing import Any, Literal
 
 from sfumato.config import Config
-from sfumato.engine.offload import check
 from sfumato.models.folder import Facts
 from sfumato.planner.costs import Size, cost_of, launches, sizes_of
 from sfumato.planner.devices import Device
@@ -13,7 +12,7 @@ from sfumato.planner.fit import Memory, memory, micro_batches, reserve
 from sfumato.planner.speed import Speed, Work, speed
 from sfumato.planner.trace import Cost
 from sfumato.planner.traffic import Traffic, traffic
-from sfumato.planner.ways import Way, ways
+from sfumato.planner.ways import Way, check_asked, ways
 
 Factor = Literal["low", "usual", "high"]
 HOST = 0.9
@@ -86,13 +85,6 @@ def rows(ask: Ask, others: bool = False, better: bool = False) -> list[Row]:
         found,
         key=lambda row: (not row.fits, row.lacks, row.short, -row.images.get("usual", 0), row.way.plainness),
     )
-
-
-def check_asked(config: Config, world: int) -> None:
-    """Raise UserError for a batch that does not go into the ranks, and for an offload that cannot be."""
-    config.model_copy(update={"micro_batch_size": 1}).accumulation(world)
-    if not config.engine.auto:
-        check(config, world)
 
 
 def row_of(ask: Ask, way: Way) -> Row:

@@ -144,8 +144,10 @@ def first(config: Config, world: int, lay: Layout, bucket: int, size: int, sums:
         # Another of DeepSpeed's optimizers, which holds the sums of all gradients and never frees them.
         gradients = sums * lay.padded + size * lay.all
         return gradients, size * lay.padded, gradients, 0
-    several = bucket < lay.all
-    return size * lay.all, size * (max(bucket, lay.touched) if several else bucket), flat(lay, size), 0
+    if world == 1:
+        return size * (lay.all + lay.own), 0, flat(lay, size), 0
+    joined = max(bucket, lay.own) if bucket < lay.all else bucket
+    return size * lay.all, size * joined, flat(lay, size), 0
 
 
 def second(config: Config, world: int, lay: Layout, bucket: int, size: int, sums: int) -> Held:
@@ -154,18 +156,19 @@ def second(config: Config, world: int, lay: Layout, bucket: int, size: int, sums
     offload = config.engine.offload_optimizer != "none"
     host, device = (beside_step(lay, size), size * lay.largest) if offload else (0, 0)
     waiting = size * lay.largest if several else 0
-    summed_at_once = max(bucket, lay.largest) if several else bucket
-    if sums != size:
-        gradients = sums * lay.own
-        buffers = size * bucket + (size + sums) * summed_at_once + waiting
-        return gradients, buffers + device, gradients + device if offload else gradients, host
-    copies = size * (bucket + (summed_at_once if world > 1 else 0))
+    joined = max(bucket, lay.largest) if several else bucket
     if offload:
+        # DeepSpeed's own way, by a bucket that is always there.
+        if sums != size:
+            gradients = sums * lay.own
+            buffers = size * bucket + (size + sums) * joined + waiting
+            return gradients, buffers + device, gradients + device, host
+        copies = size * (bucket + (joined if world > 1 else 0))
         return 0, copies + waiting + device, device, host + (size * lay.touched if summed else 0)
-    kept = size * lay.touched
-    gradients = kept * (2 if summed else 1)
-    fullest = kept * (several + summed) + copies + waiting
-    return gradients, max(fullest, gradients + size * bucket) - gradients, flat(lay, size), 0
+    alone = world == 1
+    gradients = size * joined + (sums * lay.own if several or summed or alone else 0)
+    buffers = 0 if alone else (size + (sums if sums != size else 0)) * joined
+    return gradients, buffers + waiting, flat(lay, size) if sums == size else 4 * lay.own, 0
 
 
 def third(config: Config, world: int, lay: Layout, zero: Mapping[str, int], size: int, sums: int) -> Held:
@@ -191,8 +194,8 @@ def beside_step(lay: Layout, size: int) -> int:
 
 
 def flat(lay: Layout, size: int) -> int:
-    """A step's gradients at stages 1 and 2: what the rank kept, flat, and in fp32."""
-    return size * (lay.touched + (lay.own if size < 4 else 0)) + 4 * lay.own
+    """A step's gradients at stages 1 and 2: the rank's own, and in fp32."""
+    return size * (lay.own if size < 4 else 0) + 4 * lay.own
 
 
 def layout(config: Config, world: int, trained: Mapping[str, Sequence[int]], persistent: int) -> Layout:

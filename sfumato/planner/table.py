@@ -1,13 +1,15 @@
-"""What the planner found, for people at a shell of 80 columns."""
+"""What the planner found, for people at a shell of 80 columns, and for JSON."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from sfumato.planner.answer import Answer, held
 from sfumato.planner.costs import Size, cost_of
 from sfumato.planner.devices import DEVICES
 from sfumato.planner.fit import Memory, reserve
-from sfumato.planner.rows import Ask, Row, speeds_on
+from sfumato.planner.rows import Ask, Row, speeds_on, told
 from sfumato.planner.ways import way_of
 from sfumato.reference import toml
 
@@ -75,7 +77,8 @@ def grid(found: Answer, every: bool) -> Iterator[str]:
 
     for row in sorted(rows, key=order):
         way = row.way
-        start = f"{way.stage:4}  {way.offload:10}  {'yes' if way.checkpointing else 'no':9}  "
+        again = {False: "no", True: "yes", "selective": "selective"}[way.checkpointing]
+        start = f"{way.stage:4}  {way.offload:10}  {again:9}  "
         start += f"{way.precision:7}  " if precision else ""
         start += f"{row.micro:5}  {row.memory.device / 1e9:9.2f}  "
         if not row.fits:
@@ -178,3 +181,37 @@ def written(row: Row) -> Iterator[str]:
 def wrapped(head: str, text: str) -> list[str]:
     """Text in lines, its head before the first."""
     return textwrap.wrap(text, WIDTH, initial_indent=f"{head}  " if head else "  ", subsequent_indent="  ")
+
+
+def whole(found: Answer) -> dict[str, Any]:
+    """Everything, for JSON: bytes, FLOPs and seconds."""
+    ask, best = found.ask, found.best
+    out: dict[str, Any] = {
+        "name": ask.config.name,
+        "ranks": ask.world,
+        "ranks_of_a_machine": ask.local,
+        "memory": ask.memory,
+        "reserve": reserve(ask.memory),
+        "device": asdict(ask.device),
+        "rows": [told(row) for row in found.rows],
+        "recommended": None,
+    }
+    if best is not None:
+        out["recommended"] = told(best) | {
+            "reason": found.reason,
+            "settings": {"micro_batch_size": best.micro, "engine": held(best)},
+        }
+        out["sizes"] = []
+        for high, wide in shown(ask.sizes):
+            cost = asdict(cost_of(ask.config, ask.facts, best.way, (high, wide)))
+            learns = {"trained": sum(1 for _ in cost.pop("trained")), "width": wide, "height": high}
+            out["sizes"].append(learns | cost)
+        out["devices"] = {
+            device.name: {
+                name: {"images_per_second": found_.images, "seconds": ask.config.steps * found_.step}
+                for name, found_ in speeds_on(device, ask, best.config, best.cost, best.traffic).items()
+            }
+            for device in DEVICES
+            if device.memory * 1e9 >= best.memory.device
+        }
+    return out

@@ -77,6 +77,7 @@ def trace(config: Config, facts: Facts, size: tuple[int, int]) -> Cost:
     Raises UserError where the method cannot be made for the model.
     """
     engine: dict[str, Any] = {"zero_stage": 0 if autocast(config) else 1, "attention": None, "deepspeed": {}}
+    engine |= {"compile": False}
     plain = config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
     said = plain.model_dump_json(include={"model", "method", "data", "objective", "engine", "preview"})
     return _trace(_Same(said, plain), _Same(repr(facts), facts), size)

@@ -9,11 +9,13 @@ from pydantic import ValidationError
 
 from sfumato.config import Config
 from sfumato.engine.cells import check_cells
+from sfumato.engine.offload import check
 from sfumato.errors import UserError
 
 Offload = Literal["none", "optimizer", "parameters"]
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 PRECISIONS = ("bf16", "fp16", "fp32")
+CHECKPOINTING: tuple[Literal[False, True, "selective"], ...] = (False, "selective", True)
 STAGES = (1, 2, 3, 0)
 """From the plainest: stage 1 is the default, and stage 0 casts fp32 weights at every step."""
 
@@ -24,7 +26,7 @@ class Way:
 
     stage: int
     offload: Offload
-    checkpointing: bool
+    checkpointing: Literal[False, True, "selective"]
     precision: str
 
     def of(self, config: Config, micro: int = 1) -> Config:
@@ -36,7 +38,8 @@ class Way:
     def words(self) -> str:
         """The way for people."""
         said = [f"ZeRO stage {self.stage}"]
-        said += ["gradient checkpointing"] if self.checkpointing else []
+        chosen = "selective " if self.checkpointing == "selective" else ""
+        said += [f"{chosen}gradient checkpointing"] if self.checkpointing else []
         away = {
             "optimizer": ["optimizer off the device"],
             "parameters": ["weights and optimizer off the device"],
@@ -44,9 +47,10 @@ class Way:
         return ", ".join(said + away.get(self.offload, []))
 
     @property
-    def plainness(self) -> tuple[int, bool, int]:
+    def plainness(self) -> tuple[int, int, int]:
         """What is preferred among ways that are as fast: smaller is plainer."""
-        return OFFLOADS.index(self.offload), self.checkpointing, STAGES.index(self.stage)
+        tidy = CHECKPOINTING.index(self.checkpointing)
+        return OFFLOADS.index(self.offload), tidy, STAGES.index(self.stage)
 
 
 def settings(config: Config, way: Way) -> dict[str, Any]:
@@ -84,12 +88,23 @@ def ways(
     fixed = config.engine.model_fields_set if config.engine.auto else frozenset[str]()
     own = way_of(config)
     for precision in PRECISIONS if others else (own.precision,):
-        for stage, kept, checkpointing in product(STAGES, OFFLOADS, (False, True)):
+        # What a model keeps under "selective" was measured on no device, so only a user chooses it.
+        choices = dict.fromkeys((False, True, own.checkpointing))
+        for stage, kept, checkpointing in product(STAGES, OFFLOADS, choices):
             way = Way(stage, kept, checkpointing, precision)
             if better and way != own and never_better(way, accelerator):
                 continue
             if kept_by_user(way, own, fixed) and possible(config, world, way, accelerator):
                 yield way
+
+
+def check_asked(config: Config, world: int) -> None:
+    """Raise UserError for a batch that does not go into the ranks, and for an offload that cannot be."""
+    if config.batch_size % world:
+        do = f"set batch_size to a multiple of {world}, or take another number of devices"
+        raise UserError(f"batch_size = {config.batch_size} on {world} ranks", "it does not go into them", do)
+    if not config.engine.auto:
+        check(config, world)
 
 
 def never_better(way: Way, accelerator: str) -> bool:

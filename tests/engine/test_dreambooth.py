@@ -44,7 +44,7 @@ def job(place: Path, name: str, kind: str = "full", **changes: Any) -> Job:
 
 
 def train(jobs: list[Job], world: int = 1) -> list[Path]:
-    return [export.parent for export in run_ranks(runs.train_all, world, jobs, timeout=280)[0]]
+    return [export.parent for export in run_ranks(runs.train_bare, world, jobs, timeout=280)[0]]
 
 
 def curve(run: Path) -> list[float]:
@@ -174,6 +174,7 @@ class Killed(BaseException):
 def drawing_in_turns(values: Job, store: str) -> list[dict[str, tuple[int, bytes]]]:
     """A drawing that ends after two pictures, one that goes on, one of a damaged file, and one of more."""
     place, save = Path(store).parent, fill.save
+    runs.without_exports()
     found = []
 
     def dying(pictures: Any, number: int, drawing: Any) -> None:

@@ -19,7 +19,6 @@ from tests.engine import runs
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.213.97.1", "10.213.97.2")
 TIMEOUT = 20  # engine.timeout, seconds: a busy machine's steps must stay below
-STEPS = 7
 # On node 0 its own name is a loopback address, as Debian's installer writes it.
 NAMES = ("127.0.1.1 node0", f"{ADDRESSES[0]} node0")
 ETC = Path("/etc/netns")
@@ -70,12 +69,15 @@ def inside(name: str) -> list[psutil.Process]:
     return found
 
 
+PROGRAM = Path(__file__).with_name("launch_program.py")
+
+
 def start(name: str, *words: str) -> subprocess.Popen[str]:
-    """A command of ours on a host, in a machine that knows nothing of the other but its address."""
+    """A program in Python on a host, in a machine that knows nothing of the other but its address."""
     free = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "GLOO_SOCKET_IFNAME")
     env = {key: value for key, value in os.environ.items() if key not in free}
     return subprocess.Popen(
-        ["ip", "netns", "exec", name, sys.executable, "-m", "sfumato", *words],
+        ["ip", "netns", "exec", name, sys.executable, *words],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
@@ -101,11 +103,13 @@ def steps(run: Path) -> list[int]:
 
 
 def test_a_run_over_two_hosts_survives_a_cut_cable(hosts: tuple[str, str], tmp_path: Path) -> None:
+    """Both hosts say whom they lost; started again, the run goes on."""
     runs.write_place(tmp_path, "sd")
-    values = runs.settings(tmp_path, steps=STEPS, checkpoint__every=1, engine__timeout=TIMEOUT)
+    values = runs.settings(tmp_path, steps=100_000, checkpoint__every=1, engine__timeout=TIMEOUT)
     run = tmp_path / "runs" / "run"
 
-    words = ["train", str(tmp_path / "run.toml"), "--gpus", "1", "--nodes", "2", "--master", "node0"]
+    words = ["-m", "sfumato", "train", str(tmp_path / "run.toml")]
+    words += ["--gpus", "1", "--nodes", "2", "--master", "node0"]
     write_toml(tmp_path / "run.toml", values)
     first = [start(name, *words, "--node-rank", str(number)) for number, name in enumerate(hosts)]
     end = time.monotonic() + 240
@@ -113,23 +117,22 @@ def test_a_run_over_two_hosts_survives_a_cut_cable(hosts: tuple[str, str], tmp_p
         assert time.monotonic() < end and first[0].poll() is None, [process.poll() for process in first]
         time.sleep(0.05)
     ip("-n", hosts[0], "link", "set", "cable", "down")
-    seen, begun = len(steps(run)), time.monotonic()
-    told = ends(first, TIMEOUT + 15)
-    assert time.monotonic() - begun > 5, "the run was over before the cable was cut"
+    told = ends(first, TIMEOUT + 100)
     assert [code for code, _ in told] == [1, 1], told
     for (_, error), other, host in zip(told, (1, 0), hosts, strict=True):
         assert f"rank {other} of 2 is lost, last seen at step " in error, error
         assert f"node {other} " in error and "gave no sign of life for" in error, error
         assert "the same command on all nodes goes on" in error and "Traceback" not in error, error
         assert not inside(host)
-    assert seen < STEPS
+    logs = run / "logs"
+    assert "step 1/" in (logs / "rank-0.log").read_text() and (logs / "rank-1.log").exists()
 
     ip("-n", hosts[0], "link", "set", "cable", "up")
-    again = [start(name, *words, "--node-rank", str(number)) for number, name in enumerate(hosts)]
+    last = len(steps(run)) + 2
+    again = [start(name, *words, "--node-rank", str(n), f"steps={last}") for n, name in enumerate(hosts)]
     assert [code for code, _ in ends(again, 240)] == [0, 0]
-    assert steps(run) == [*range(1, STEPS + 1)]
-    assert "goes on from step-" in (run / "logs" / "rank-0.log").read_text()
-    assert (run / "logs" / "rank-1.log").exists()
+    assert steps(run) == [*range(1, last + 1)]
+    assert "goes on from step-" in (logs / "rank-0.log").read_text()
 
 
 SSHD = Path("/usr/sbin/sshd")
@@ -155,14 +158,13 @@ def test_a_hostfile_over_ssh(hosts: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# two machines\n" + "".join(f"{each} slots=1\n" for each in ADDRESSES))
 
     logs = tmp_path / "logs"
-    program = Path(__file__).with_name("launch_program.py")
     command = [
         "ip",
         "netns",
         "exec",
         hosts[0],
         sys.executable,
-        str(program),
+        str(PROGRAM),
         "hosts",
         str(tmp_path / "hosts"),
     ]

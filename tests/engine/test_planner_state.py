@@ -191,6 +191,8 @@ def watched(engine: Engine, samples: dict[str, list[Count]]) -> Iterator[None]:
     ]
     kept = [before(dist, "all_reduce", "backward")]
     kept.append(before(coalesced_collectives, "_torch_reduce_scatter_fn", "backward"))
+    if hasattr(zero, "add"):
+        kept.append(before(zero, "add", "backward"))
     if hasattr(zero, "_release_ipg_buffers"):
         kept.append(before(zero, "_release_ipg_buffers", "backward"))
         kept.append(before(zero, "free_grad_in_param_list", "step"))

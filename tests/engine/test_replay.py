@@ -67,6 +67,7 @@ def both_ways(light: dict[str, Any]) -> list[tuple[list[Any], Any, dict[str, tor
 
 def everything(jobs: list[dict[str, Any]], diverging: dict[str, Any]) -> tuple[Any, ...]:
     """All of it in one process."""
+    runs.without_exports()
     found = []
     for values in jobs:
         run = planted(parse(values), 2).parent

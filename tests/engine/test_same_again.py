@@ -18,6 +18,7 @@ LORA: dict[str, Any] = {"kind": "lora", "rank": 2, "dropout": 0.5, "text_encoder
 
 def everything(place: str) -> dict[str, Any]:
     """All runs in one process: in one go and in two, a broken pair, with checkpointing, and undone."""
+    runs.without_exports()
 
     def told(name: str, *legs: int, **changes: Any) -> tuple[list[Any], Any]:
         for steps in legs:

@@ -56,6 +56,7 @@ def rank_of(values: dict[str, Any], rank: int, world: int, port: int) -> None:
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     jump(random.Random(port + rank))
+    runs.without_exports()
     runs.train_here(values)
     os._exit(0)
 
@@ -77,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 def test_ten_kills_lose_nothing(place: Path) -> None:
     def start(steps: int, name: str) -> Forked:
-        return Forked(fire.values(place, name) | {"steps": steps}, 2)
+        return Forked(fire.values(place, name) | {"steps": steps, "micro_batch_size": 2}, 2)
 
     found = faults.storm(place, start, 10, 2, seed=1)
     assert sum(found["kills"].values()) == 10

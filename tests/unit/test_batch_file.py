@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sfumato.data.batch import Batch, Draws, Fault, read, save
+from sfumato.data.batch import HOST, Batch, Draws, Fault, block_of, named, read, save
 from sfumato.data.packed import packed
 from tests.unit import batches
 
@@ -91,3 +91,38 @@ def test_a_damaged_file_is_not_read(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(SafetensorError):
         read(file)
+
+
+def moved(batch: Batch) -> tuple[Batch, int]:
+    """A batch that was copied elsewhere, and by how many copies."""
+    copies: list[Tensor] = []
+
+    def change(tensor: Tensor) -> Tensor:
+        copies.append(tensor.clone())
+        return copies[-1]
+
+    return batch.moved(change), len(copies)
+
+
+def test_a_batch_of_one_block_moves_at_once_and_its_text_apart() -> None:
+    """What is read on the host stays there: to ask a device for it would wait for all its work."""
+    batch = micro_batch(moments=torch.randn(2, 8, 8, 8), text={"states": torch.rand(2, 7, 16).half()})
+    whole = packed(batch).opened(copy=False)
+    found, copies = moved(whole)
+    check_same(found, batch)
+    assert copies == 2 and moved(batch)[1] > 5
+    assert moved(packed(micro_batch(moments=torch.randn(2, 8, 8, 8))).opened(copy=False))[1] == 1
+    assert found.text is not None
+    assert found.text["states"].untyped_storage().nbytes() == found.text["states"].nbytes
+    for name in HOST:
+        assert getattr(found, name) is getattr(whole, name)
+    assert found.draws.noise.data_ptr() != whole.draws.noise.data_ptr()
+
+
+def test_what_is_no_whole_block_is_not_taken_for_one() -> None:
+    """Part of a larger block would move all of it, and other strides would move other numbers."""
+    tensors = named(packed(micro_batch(pixels=torch.rand(2, 3, 64, 64))).opened(copy=False))
+    assert block_of(tensors) is not None
+    assert block_of({name: each for name, each in tensors.items() if name != "pixels"}) is None
+    assert block_of(tensors | {"pixels": tensors["pixels"].transpose(2, 3)}) is None
+    assert block_of(tensors | {"pixels": tensors["pixels"].clone()}) is None

@@ -81,6 +81,23 @@ def test_it_shows_the_curve_and_the_first_and_last_pictures(tmp_path: Path) -> N
     assert "torch 2.13.0+cpu" in text and "2 cpu ranks" in text
 
 
+def test_a_controlnet_is_shown_beside_its_second_images(tmp_path: Path) -> None:
+    """Also where a prompt holds what other programs take for a line's end."""
+    run = run_folder(tmp_path)
+    for number in range(2):
+        place = run / "images" / "conditions" / f"{number:03d}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), (7, 8, 9 + number)).save(place)
+    for folder in run.glob("images/step-*"):
+        rows = [{"file": f"{n}.png", "prompt": f"a\u2028cat\x85{n}"} for n in range(2)]
+        told = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "drawings.jsonl").write_text(told, encoding="utf-8")
+    assert "drawn.png" in written(tmp_path, settings(tmp_path), run=run)
+    with Image.open(tmp_path / "export" / "drawn.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors(100_000)}
+    assert {(7, 8, 9), (7, 8, 10), (80, 60, 0), (160, 60, 90)} <= colours
+
+
 def test_previews_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     (run / "images" / "step-000020" / "1.png").write_bytes(b"half")

@@ -41,6 +41,7 @@ def test_presets_are_listed_with_their_sentences() -> None:
         (["train", "sdxl-train-bf1"], 'did you mean "sdxl-train-bf16"?'),
         (["train", "sdxl-train-bf16", "data.resolutoin=3"], "did you mean data.resolution?"),
         (["train", "sdxl-train-bf16", "--gpus", "2", "stps=3", "x.y=1"], "unknown key stps"),
+        (["train", "sd15-full", "data.source=x", "name=my run"], "it names a folder: letters"),
         (["check", "sdxl-train-bf16", "optimizer.lr=fast"], "optimizer.lr = 'fast'"),
     ],
 )

@@ -155,8 +155,8 @@ def test_nothing_outlives_the_run(tmp_path: Path, how: str) -> None:
             process.terminate()
         elif how == "is killed":
             process.kill()
-        assert process.wait(20) == {"raises": 3, "is killed": -9, "is ended by SIGTERM": -15}.get(how, 0)
-    end = time.monotonic() + 20
+        assert process.wait(60) == {"raises": 3, "is killed": -9, "is ended by SIGTERM": -15}.get(how, 0)
+    end = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < end, "a worker is still there"
         time.sleep(0.2)

@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sfumato import config
 from sfumato.demo import emoji, measure, run
-from sfumato.demo.run import SHIPPED, demo, real
+from sfumato.demo.run import SETTINGS, SHIPPED, demo, real
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +48,29 @@ def test_the_shipped_weights_fit_in_20_mb() -> None:
     assert len(files) == 3 and sum(file.stat().st_size for file in files) <= 20e6
 
 
+@pytest.mark.parametrize("ranks", [1, 2, run.MOST_RANKS])
+def test_the_batch_is_cut_among_all_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: range(ranks + ranks % 2))
+    monkeypatch.setattr(run, "has_accelerator", lambda _: ranks == 1)
+    settings = config.load(SETTINGS, run.shares())
+    assert run.ranks() == ranks and settings.micro_batch_size * ranks == settings.batch_size
+
+
 def test_the_demo_runs_and_its_base_draws_what_it_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps of training and few of drawing: what tuning does is shown by the demo itself, not here."""
-    monkeypatch.setattr(run, "SAMPLING", replace(run.SAMPLING, steps=8))
-    result = demo(tmp_path, overrides=("steps=2", "optimizer.warmup_steps=0"))
+    drawn = run.drawn
+
+    def quickly(model: Path, prompts: list[str]) -> Any:
+        sampling = replace(run.SAMPLING, steps=8 if model == SHIPPED else 1)
+        monkeypatch.setattr(run, "SAMPLING", sampling)
+        return drawn(model, prompts)
+
+    monkeypatch.setattr(run, "drawn", quickly)
+    monkeypatch.setattr(run, "ranks", lambda: 1)
+    small = ("steps=2", "optimizer.warmup_steps=0", "batch_size=8", "micro_batch_size=8")
+    result = demo(tmp_path, overrides=small)
     assert result.picture.is_file()
     assert result.own >= 16, f"{result.own} of {emoji.PROMPTS} base drawings are nearest to their own image"
     assert result.before > 1

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sfumato import models
 from sfumato.errors import UserError
 from sfumato.models.attention import probe
-from sfumato.models.denoiser import prepare
+from sfumato.models.denoiser import Checkpointing, prepare
 from tests.unit.twins import batch_of, family
 
 ALL = pytest.mark.parametrize("name", models.families())
@@ -101,9 +101,9 @@ def test_the_probe_passes_native_and_refuses_what_has_no_gradient(monkeypatch: p
 
 @ALL
 def test_checkpointing_computes_again_and_gives_the_same(name: str) -> None:
-    forwards = {True: 0, False: 0}
+    forwards: dict[Checkpointing, int] = {True: 0, False: 0, "selective": 0}
 
-    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+    def gradients(checkpointing: Checkpointing) -> dict[str, Tensor]:
         part = family(name)
         torch.manual_seed(0)
         net = part.build_denoiser().train()
@@ -117,10 +117,13 @@ def test_checkpointing_computes_again_and_gives_the_same(name: str) -> None:
         part.predict(net, latents, torch.tensor([500.0]), condition).square().mean().backward()
         return {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
 
-    plain, again = gradients(False), gradients(True)
-    assert forwards[True] > 1.5 * forwards[False], forwards
-    assert plain.keys() == again.keys()
-    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    plain = gradients(False)
+    kinds: tuple[Checkpointing, ...] = (True, "selective")
+    for checkpointing in kinds:
+        again = gradients(checkpointing)
+        assert forwards[checkpointing] > 1.5 * forwards[False], forwards
+        assert plain.keys() == again.keys()
+        assert all(torch.equal(plain[key], again[key]) for key in plain)
 
 
 def check_not_reentrant(net: nn.Module) -> None:

@@ -151,3 +151,25 @@ def test_what_overflows_in_bf16_is_encoded_in_fp32(name: str, monkeypatch: pytes
     assert told == [1] and torch.equal(found[[0, 2]], whole[[0, 2]])
     torch.testing.assert_close(found[1], exact[1], atol=1e-5, rtol=1e-5)
     assert low.vae.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "asked"), [(torch.float16, 1), (torch.bfloat16, 0), (torch.float32, 0)])
+def test_a_step_asks_only_a_vae_of_less_range_than_fp32(
+    kind: torch.dtype, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question waits for the device; what overflows in fp16 is there a second time."""
+    part, batch = load(twin("sd"), torch.float32), batch_of(["a cat"])
+    exact, calls = part.encode_images(batch), 0
+    right = Family.safe_moments
+
+    def counted(self: Family, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return right(self, *args)
+
+    monkeypatch.setattr(Family, "safe_moments", counted)
+    monkeypatch.setattr(part, "moments", lambda pixels: torch.full((1, 8, 8, 8), float("inf")))
+    part.vae_dtype = kind
+    found = part.encode_images(batch)
+    assert calls == asked
+    assert torch.allclose(found, exact, atol=1e-5) == bool(asked)

@@ -1,5 +1,7 @@
 """The planner's arithmetic: what fits, what is sent, how fast, what is recommended, and what it says."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -335,7 +337,7 @@ def test_the_answer_reads_well_at_80_columns(found: Answer) -> None:
     text = "\n".join(said)
     assert "<-" in text and found.reason.split(";")[0] in " ".join(text.split())
     assert "1.60 epochs of 1,000 records" in text and "[engine]" in text
-    assert str(command.whole(found)["recommended"]["settings"]["micro_batch_size"]) in text
+    assert str(table.whole(found)["recommended"]["settings"]["micro_batch_size"]) in text
 
 
 def test_what_is_written_is_the_recommended_way(found: Answer) -> None:
@@ -398,3 +400,10 @@ def test_sizes_come_from_the_settings() -> None:
     assert sizes_of(run(data__resolution=[64, 128])) == [(64, 64), (128, 128)]
     several = sizes_of(run(data__resolution=128, data__buckets=True))
     assert len(several) > 1 and several[-1][0] * several[-1][1] <= 128**2
+
+
+def test_a_mistake_is_told_before_torch_is_imported() -> None:
+    asked = ["plan", "sd15-full", "--gpus", "3", "--memory", "80"]
+    code = f"import sys; from sfumato.cli import main; print(main({asked}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"] and "a multiple of 3" in done.stderr, done

@@ -11,6 +11,7 @@ from sfumato.bench.gates.paper import PAPER, on_paper, replaced
 from sfumato.bench.work import Numbers, batch_of, method_of, zeros
 from sfumato.config import Config
 from sfumato.data.batch import Batch
+from sfumato.data.packed import packed
 from sfumato.engine.engine import Engine
 from sfumato.engine.ranks import Ranks
 from sfumato.methods import Method
@@ -70,7 +71,8 @@ def count(config: Config, facts: Facts, size: tuple[int, int]) -> Counts:
     with on_paper(world, counting.kernels, counting.wait) as ranks, counting, counting.kernels:
         method = method_of(config, facts, PAPER)
         engine, objective = start_of(config, ranks, method, Numbers(PAPER))
-        batch = batch_of(config, method.family, size, config.micro_batch_size, zeros)
+        made = batch_of(config, method.family, size, config.micro_batch_size, zeros)
+        batch = packed(made).opened(copy=False)  # as a worker hands it over
         for _ in range(2):
             step(counting, engine, method, objective, batch)
     return counts_of(counting)
