@@ -76,6 +76,8 @@ class Engine:
         assert trained, "the method's module has no parameter that learns"
         self._start(module, trained)
         self._trained = [*trained.values()]
+        # Its own looks through what is frozen, too, at every step of stage 0.
+        self.deepspeed.zero_grad = self._forget_gradients
         if ranks.world == 1 and config.engine.zero_stage == 0:
             # It would copy every gradient into a bucket and back, to add it to nothing.
             self.deepspeed.enable_backward_allreduce = False
@@ -110,6 +112,10 @@ class Engine:
         if place is not None:
             states = *optimizer.STATES[config.optimizer.name], *profiles.kinds(config.ema)
             swap.prepare(self.deepspeed, states)
+
+    def _forget_gradients(self) -> None:
+        for param in self._trained:
+            param.grad = None
 
     def _build(self, build: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
         with Unfilled(), warnings.catch_warnings():
