@@ -132,6 +132,8 @@ def possible(config: Config, world: int, way: Way, accelerator: str) -> bool:
         return False
     if way.precision == "fp16" and (way.stage == 0 or accelerator == "cpu"):
         return False
+    if way.stage == 3 and config.engine.compile:  # check/rules.py says why
+        return False
     try:
         check_cells(checked(way.of(config)), world, accelerator)
     except (ValidationError, UserError):

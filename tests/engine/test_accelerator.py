@@ -19,7 +19,7 @@ from tests.engine.ranks import run_ranks
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 VERBS = ("set_device", "device_count", "current_device_name", "communication_backend_name", "pin_memory")
-VERBS += ("synchronize", "max_memory_allocated", "current_stream", "is_fp64_supported")
+VERBS += ("synchronize", "max_memory_allocated")
 
 
 def jobs(place: Path, name: str) -> list[dict[str, Any]]:

@@ -34,8 +34,8 @@ def rank_of(case: str, folder: Path, rank: int, port: int) -> None:
     place: Any = SimpleNamespace(rank=rank, world=2)
     odd = rank == (0 if case == "first-frozen" else 1)  # rank 0 hosts the store
     try:
-        # A death is found by the broken connection, long before the limit.
-        with Watch(place, 60 if case == "dies" else LIMIT) as watch:
+        # A death is found by the broken connection, and a failure is told, long before the limit.
+        with Watch(place, 60 if case in ("dies", "fails") else LIMIT) as watch:
             for step in range(3):
                 watch.beat(step, "waiting for data")
                 watch.beat(step, "training")

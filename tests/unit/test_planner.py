@@ -245,6 +245,7 @@ def test_ways_that_cannot_be_are_left_out() -> None:
     lora = run(method={"kind": "lora", "base_bits": 4}, batch_size=2)
     assert {way.stage for way in ways(lora, 2)} == {0, 1, 2}
     assert not possible(lora, 2, Way(3, "none", False, "bf16"), "cuda")
+    assert {way.stage for way in ways(run(engine={"compile": True}), 2)} == {0, 1, 2}
 
 
 def test_auto_keeps_what_the_user_has_set() -> None:
