@@ -72,10 +72,8 @@ def train(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     code = as_ranks(arguments, settings.folder / "logs", settings)
     if code is None:
-        packed = settings.method.kind == "lora" and settings.method.base_bits
-        unused = ["bitsandbytes"] if arguments.real and not packed else []
         with Stopping():  # a signal while torch is imported
-            with tuning.importing(unused):
+            with tuning.importing(tuning.unneeded(settings.method) if arguments.real else ()):
                 from sfumato import train as loop
 
             loop.train(settings)

@@ -82,14 +82,21 @@ def hashed(environment: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(environment.items())).encode()).hexdigest()[:16]
 
 
+def unneeded(method: Any) -> Sequence[str]:
+    """Packages that a process of its own goes without, by the config's table [method]; None: no config.
+
+    bitsandbytes: peft imports it where it is there, used or not, which takes as long as torch itself.
+    """
+    return () if getattr(method, "base_bits", None) else ("bitsandbytes",)
+
+
 @contextmanager
 def importing(without: Sequence[str] = ()) -> Iterator[None]:
     """Around imports of torch and what stands on it: a sixth of their time goes to the garbage collector.
 
     It finds nothing there, and need not look through what they made at any later time.
 
-    without: packages that this process does as if they were not installed. bitsandbytes is one: peft imports
-    it where it is there, used or not, which takes as long as torch itself.
+    without: packages that this process does as if they were not installed, such as `unneeded`.
     """
     known: dict[str, Any] = {
         **dict.fromkeys(without),

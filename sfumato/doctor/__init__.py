@@ -28,8 +28,7 @@ def begin(arguments: argparse.Namespace, config: Config | None) -> int:
     verdict = Path(os.environ.setdefault(VERDICT, str(logs / "verdict")))
     code = as_ranks(arguments, logs, config)
     if code is None:
-        packed = config is not None and config.method.kind == "lora" and config.method.base_bits
-        with tuning.importing(["bitsandbytes"] if arguments.real and not packed else []):
+        with tuning.importing(tuning.unneeded(config and config.method) if arguments.real else ()):
             from sfumato.doctor.examine import examine
 
         return examine(config, arguments.real_model, arguments.json)

@@ -44,9 +44,8 @@ def plan(
     own = None if host is None else 1e9 * host
     check_asked(config, gpus * nodes)
     config = config.on(gpus * nodes)
-    packed = config.method.kind == "lora" and config.method.base_bits
-    unused = ["bitsandbytes"] if alone and not packed else []
-    with tuning.importing(unused):  # which takes seconds, so that a mistake above is told before
+    unneeded = tuning.unneeded(config.method) if alone else ()
+    with tuning.importing(unneeded):  # which takes seconds, so that a mistake above is told before
         from sfumato.planner.answer import answer, nothing_fits
         from sfumato.planner.architectures import facts_of
         from sfumato.planner.rows import Ask

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.tuning import DONE, Mark, given, has_accelerator, importing, missing, report
+from sfumato.config import parse
+from sfumato.tuning import DONE, Mark, given, has_accelerator, importing, missing, report, unneeded
 from sfumato.variables import ALLOCATOR
 
 ROOT = Path(__file__).parents[2]
+RUN = {"steps": 1, "batch_size": 1, "model": {"weights": "w"}, "data": {"source": "s"}}
 CPU = {"DS_ACCELERATOR": "cpu"}
 
 
@@ -114,6 +116,11 @@ def test_nothing_begins_anew_where_nothing_is_missing() -> None:
         DS_ACCELERATOR="cuda",
     )
     assert [line.split()[0] for line in lines] == ["begun", "False"]
+
+
+def test_only_a_packed_base_needs_its_package() -> None:
+    lora = parse({**RUN, "method": {"kind": "lora", "base_bits": 4}}).method
+    assert unneeded(lora) == () and unneeded(parse(RUN).method) == unneeded(None) == ("bitsandbytes",)
 
 
 def test_imports_go_without_the_collector_and_what_is_not_needed(
