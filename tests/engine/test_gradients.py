@@ -1,7 +1,6 @@
 """One flat gradient at stages 1 and 2: to the bit what DeepSpeed computes with one after the other."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfumato.bench.gates.paper import replaced
 from sfumato.engine import gradients
 from sfumato.engine.gradients import Flat
 from tests.engine import toys
@@ -28,16 +28,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "overlap": {"engine__zero_stage": 2, "engine__deepspeed": {"zero_optimization": {"overlap_comm": True}}},
 }
 Result = dict[str, Any]
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Any:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def steps(cell: str) -> Result:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_a_side_that_ends_early_is_told_with_its_last_words(tmp_path: Path) -> N
         race(side(tmp_path, stop=3))
 
 
+def losses_of(drawn: Sequence[bytes], log: Path) -> list[float]:
+    """What is read of a bar that is drawn in these parts."""
+    found: list[tuple[float, float]] = []
+    parts = iter(drawn)
+    with log.open("wb") as words:
+        read_bar(lambda size: next(parts), found, words)
+    return [loss for _, loss in found]
+
+
 def test_a_progress_bar_is_read_with_the_loss_of_its_own_step(tmp_path: Path) -> None:
     drawn = [
         b"Steps:   0%|  | 0/3 [00:00<?, ?it/s]\rSteps:  33%|# | 1/3 [00:01<00:02, 1.0s/it]",
@@ -53,28 +63,19 @@ def test_a_progress_bar_is_read_with_the_loss_of_its_own_step(tmp_path: Path) ->
         b"\rSteps: 100%|##| 3/3 [00:02<00:01, 1.0s/it, lr=1e-5, step_loss=1.5e-3]\n",
         b"",
     ]
-    found: list[tuple[float, float]] = []
-    with (tmp_path / "words").open("wb") as words:
-        parts = iter(drawn)
-        read_bar(lambda size: next(parts), found, words)
-    assert [loss for _, loss in found] == [0.5, 0.25, 0.0015]
+    assert losses_of(drawn, tmp_path / "words") == [0.5, 0.25, 0.0015]
     assert (tmp_path / "words").read_bytes() == b"".join(drawn)
 
 
 def test_a_bar_that_tells_a_loss_before_its_first_step_is_read(tmp_path: Path) -> None:
     """As deepspeed-diffusers draws it."""
-    drawn = iter(
-        [
-            b"Steps:   0%|  | 0/2 [00:01<?, ?it/s, epoch= 1, loss=0.500000]\r",
-            b"Steps:  50%|# | 1/2 [00:01<00:01, 1.0s/it, epoch= 1, loss=0.500000]\r",
-            b"Steps: 100%|##| 2/2 [00:02<00:00, 1.0s/it, epoch= 1, loss=0.250000]\r",
-            b"",
-        ]
-    )
-    found: list[tuple[float, float]] = []
-    with (tmp_path / "words").open("wb") as words:
-        read_bar(lambda size: next(drawn), found, words)
-    assert [loss for _, loss in found] == [0.5, 0.25]
+    drawn = [
+        b"Steps:   0%|  | 0/2 [00:01<?, ?it/s, epoch= 1, loss=0.500000]\r",
+        b"Steps:  50%|# | 1/2 [00:01<00:01, 1.0s/it, epoch= 1, loss=0.500000]\r",
+        b"Steps: 100%|##| 2/2 [00:02<00:00, 1.0s/it, epoch= 1, loss=0.250000]\r",
+        b"",
+    ]
+    assert losses_of(drawn, tmp_path / "words") == [0.5, 0.25]
 
 
 def test_losses_that_chance_does_not_explain_end_it() -> None:
