@@ -189,10 +189,10 @@ class Supervisor:
         beats = {rank.number: rank.pulse.read() for rank in self.left}
         self._reap()
         if self._gave_up():
-            said = (self.endings[0].text or "").strip().splitlines()[-1:]
-            lines = [*guilty_lines(behind(beats, found), beats, found, notes, self.world)]
-            lines += [f"rank {self.endings[0].number} gave up waiting: {line}" for line in said]
-            self.hung = "\n".join(lines)
+            first = next(each for each in self.endings if each.echo)
+            said = (first.text or "").strip().rpartition("\n")[2]
+            lines = guilty_lines(behind(beats, found), beats, found, notes, self.world)
+            self.hung = "\n".join([*lines, f"rank {first.number} gave up waiting: {said}"])
 
     def _end(self) -> tuple[int, str | None]:
         stop, again = self._asked_by(), self.asked.again
