@@ -166,8 +166,8 @@ CELLS = (
         lambda run: run.zero("compute_grad_norm") is False,
     ),
     Cell(
-        TRIED,
-        "it cuts up or replaces the module, whose weights are not found then",
+        f"tensor_parallel was {TRIED}, the others were not",
+        "it cuts up or replaces the module: with tensor_parallel its weights are not found",
         f"remove {', '.join(OTHERS)}",
         lambda run: any(key in run.keys for key in OTHERS),
     ),
