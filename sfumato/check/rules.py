@@ -122,14 +122,18 @@ def check_compile(config: Config, accelerator: str) -> None:
     check_here(asked, accelerator, engine.precision)
     bits = config.method.base_bits if config.method.kind == "lora" else None
     refused = (
-        (engine.zero_stage == 3, "zero_stage = 3 brings weights between the operations that are joined", "2"),
-        (bits is not None, f"the kernels of method.base_bits = {bits} are not torch's", "16 bits"),
+        (
+            engine.zero_stage == 3,
+            "zero_stage = 3 brings weights between the operations that are joined",
+            "zero_stage = 2",
+        ),
+        (bits is not None, f"the kernels of method.base_bits = {bits} are not torch's", "it away"),
         (
             engine.gradient_checkpointing == "selective",
             'compiled blocks hide their operations from gradient_checkpointing = "selective"',
             "gradient_checkpointing = false or true",
         ),
-        ("compile" in engine.deepspeed, "engine.deepspeed has DeepSpeed's own key compile", "one of them"),
+        ("compile" in engine.deepspeed, "engine.deepspeed has DeepSpeed's own key compile", "that key away"),
     )
     for is_so, found, instead in refused:
         if is_so:
