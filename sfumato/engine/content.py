@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,7 +58,13 @@ def learning(engine: Engine) -> dict[str, list[int]]:
 
 def versions() -> dict[str, str]:
     """What computes, by package."""
-    return {"sfumato": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return dict(installed())
+
+
+@cache
+def installed() -> tuple[tuple[str, str], ...]:
+    """Each package and its version, read from the disk once: a save would wait for it."""
+    return ("sfumato", __version__), *((name, importlib.metadata.version(name)) for name in PACKAGES)
 
 
 def manifest_of(engine: Engine, facts: Mapping[str, Any]) -> dict[str, Any]:

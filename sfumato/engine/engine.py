@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.config import Config
-from sfumato.engine import ema, gradients, offload, optimizer, profiles, reader, shards, swap
+from sfumato.engine import blocks, ema, gradients, offload, optimizer, profiles, reader, shards, swap
 from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.scale import LossScale
@@ -104,7 +104,8 @@ class Engine:
         settings = ds_config(config, self.ranks.world, learns, place)
         base = optimizer.build(config, trained, offload.stepping(config, self.ranks.device))
         # DeepSpeed takes parameters and optimizer together; without the list it would pass frozen ones too.
-        with redirect_stdout(io.StringIO()):  # some of its optimizers print memory figures
+        by_blocks = blocks.as_one(module) if config.engine.zero_stage == 3 else nullcontext()
+        with by_blocks, redirect_stdout(io.StringIO()):  # some of its optimizers print memory figures
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=base, model_parameters=[*trained.values()], config=settings
             )
