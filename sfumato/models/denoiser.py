@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sfumato.models.attention import set_attention
+from sfumato.models.signatures import remember
 from sfumato.models.unscaled import unscale
 
 Checkpointing = Literal[False, True, "selective"]
@@ -40,6 +41,7 @@ def prepare(net: nn.Module, attention: str | None, checkpointing: Checkpointing)
     unscale(net)
     if attention is not None:
         set_attention(net, attention)
+    remember(net)
     if checkpointing:
         model.enable_gradient_checkpointing(partial(recomputed, checkpointing=checkpointing))
 

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from sfumato.config import Config
 from sfumato.errors import UserError
 from sfumato.models.folder import read_json
+from sfumato.models.signatures import remember
 from sfumato.models.unscaled import unscale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +121,7 @@ def frozen(kind: type, folder: Path, variant: str | None, dtype: torch.dtype, de
             "use a config.json and weights that belong together",
         )
     unscale(model)
+    remember(model)
     return model.to(device).eval().requires_grad_(False)
 
 
