@@ -62,6 +62,10 @@ def guarded(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if (told := device.not_there(error)) is not None:
+            if not launch.report(told):
+                print(told, file=sys.stderr)
+            return 2
         if launch.report(error):
             return 1
         raise

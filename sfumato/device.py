@@ -5,7 +5,11 @@ DeepSpeed takes seconds to import, so it is imported when the first question com
 """
 
 import logging
+import os
+import traceback
 from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +24,15 @@ COMPILERS = {"cpu": None, "cuda": "triton"}
 def telling(record: logging.LogRecord) -> bool:
     """Whether a line of DeepSpeed's log tells a user something: that it takes the CPU does not."""
     return "Setting accelerator to CPU" not in str(record.msg)
+
+
+def not_there(error: Exception) -> UserError | None:
+    """What a user is told where DeepSpeed does not take the device that he named; None for other errors."""
+    name, trace = os.environ.get("DS_ACCELERATOR"), traceback.extract_tb(error.__traceback__)
+    if not name or not trace or not trace[-1].filename.endswith("real_accelerator.py"):
+        return None
+    do = "install what that kind of device needs, name another one, or unset it: then one is found"
+    return UserError(f"DS_ACCELERATOR = {name}", str(error), do)
 
 
 def accelerator() -> Any:

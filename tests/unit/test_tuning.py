@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import real_accelerator
 
+from sfumato import device
 from sfumato.config import parse
 from sfumato.tuning import DONE, Mark, given, has_accelerator, importing, missing, report, unneeded
 from sfumato.variables import ALLOCATOR
@@ -139,3 +141,19 @@ def test_imports_go_without_the_collector_and_what_is_not_needed(
     gc.unfreeze()
     for name in ("unneeded", "needed"):
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DeepSpeed raises in the middle of its import; another error is not taken for it."""
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", None)
+    for name, found in (("npu", "torch_npu"), ("toaster", "not supported")):
+        monkeypatch.setenv("DS_ACCELERATOR", name)
+        with pytest.raises(ValueError) as raised:
+            real_accelerator.get_accelerator()
+        told = device.not_there(raised.value)
+        assert told is not None and told.asked == f"DS_ACCELERATOR = {name}" and found in told.found
+    with pytest.raises(ValueError) as raised:
+        int("one")
+    assert device.not_there(raised.value) is None
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert device.not_there(raised.value) is None
