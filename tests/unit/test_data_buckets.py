@@ -239,10 +239,10 @@ def test_the_smallest_goes_first_and_to_the_nearest() -> None:
 def test_many_sizes_are_dissolved_in_time() -> None:
     """Thousands of sizes, as pictures of any size have them in steps of 8: seconds, not hours."""
     rng = np.random.default_rng(0)
-    among = sorted({(h * 8, w * 8) for h, w in rng.integers(64, 256, (4000, 2)).tolist()})
+    among = sorted({(h * 8, w * 8) for h, w in rng.integers(64, 256, (2000, 2)).tolist()})
     begun = time.process_time()
     goes = merged(among, [1] * len(among), Buckets(smallest=4, step=8))
-    assert time.process_time() - begun < 60
+    assert time.process_time() - begun < 20
     assert min(np.bincount(goes)[sorted(set(goes))]) >= 4
 
 
@@ -510,12 +510,12 @@ def test_a_billion_records_take_no_memory(tmp_path: Path) -> None:
 
 
 def test_building_takes_constant_memory(tmp_path: Path) -> None:
-    """Twenty times the records, the same peak."""
+    """Six times the records, the same peak: a third of a byte for each of them would be seen."""
     peaks = []
-    for number in (50_000, 1_000_000):
+    for number in (50_000, 300_000):
         shapes, part = pictures(number), np.zeros(number, np.uint16)
         tracemalloc.start()
         Cells.build(tmp_path, data(), shapes, part, 1, chunk=10_000)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0] + 10**5, f"{peaks} bytes"
+    assert peaks[1] < peaks[0] + 250_000 / 3, f"{peaks} bytes"  # measured: equal to 20,000

@@ -26,7 +26,7 @@ Shares = Callable[[np.ndarray, int, float], np.ndarray]
 SKS, DOG = "a photo of sks dog", "a photo of a dog"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=3),
     st.integers(1, 12),

@@ -421,7 +421,7 @@ def test_rows_begin_where_they_say(tmp_path: Path) -> None:
 def test_memory_of_a_list(tmp_path: Path) -> None:
     """At most 64 bytes a line; the lines themselves are not kept."""
     peaks = []
-    for count in (1000, 9_000):
+    for count in (1, 500, 2500):  # the first one imports what the others need
         rows = ({"file_name": f"{n}.png", "text": "a caption " * 20} for n in range(count))
         write_list(tmp_path, list(rows))
         source = open_source(data_of(tmp_path))
@@ -429,4 +429,4 @@ def test_memory_of_a_list(tmp_path: Path) -> None:
         assert sum(1 for _ in source.entries()) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 8000 < 64, peaks
+    assert (peaks[2] - peaks[1]) / 2000 < 64, peaks

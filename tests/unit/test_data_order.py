@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from functools import cache
 from math import factorial, isqrt
 from typing import Any
 
@@ -67,10 +68,16 @@ def seen(at: At, steps: Iterable[int]) -> Counter[tuple[int, int, int, int]]:
     return rows
 
 
+@cache
+def keys_of(seed: int, first: int, second: int, stream_number: int) -> list[int]:
+    """The keys of one shuffle."""
+    return [int(key) for key in bits(seed, first, second, stream_number).random_raw(8)]
+
+
 def plainly(position: int, count: int, name: tuple[int, int], seed: int, stream_number: int) -> int:
     """`permuted` for one position, in whole numbers of any size."""
     mask = 2**64 - 1
-    keys = [int(key) for key in bits(seed, *name, stream_number).random_raw(8)]
+    keys = keys_of(seed, *name, stream_number)
     half = max(isqrt(count - 1) + 1, 8)
     while True:
         left, right = divmod(position, half)
@@ -108,7 +115,7 @@ def written_down(plan: Plan, seed: int, epochs: int) -> list[tuple[int, int, lis
     return steps
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(plans(), st.integers(0, 2**63 - 1))
 def test_the_order_is_the_written_one(plan: Plan, seed: int) -> None:
     """Computed at any step, it is what a list of all samples would say."""
@@ -173,13 +180,13 @@ def check_shares(at: At, plan: Plan, epochs: int) -> None:
 FEW: Plan = np.array([[7, 3], [0, 11], [1, 0]]), [Fraction(3, 2), Fraction(2)], 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(plans(repeats_of=REPEATS[:6]), st.integers(1, 5), st.integers(0, 2**63 - 1))
 def test_nothing_is_lost_or_repeated(plan: Plan, epochs: int, seed: int) -> None:
     check_shown(Order(*plan, seed).batch_at, plan, epochs)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(plans(most=5), st.integers(1, 12))
 def test_shares_are_exact(plan: Plan, epochs: int) -> None:
     plan = plan[0], plan[1], 1

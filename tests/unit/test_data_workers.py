@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -123,43 +122,63 @@ def test_workers_outlive_the_signals_of_a_run(tmp_path: Path) -> None:
     assert not caught and not active_children()
 
 
-@pytest.mark.parametrize("how", ["falls off the end", "raises", "is ended by SIGTERM", "is killed"])
-def test_nothing_outlives_the_run(tmp_path: Path, how: str) -> None:
-    """A process whose loader is still open ends in seconds, and its workers with it."""
-    text_folder(tmp_path, 6)
-    ending = {"raises": "raise SystemExit(3)"}.get(how, "")
-    if how.startswith("is "):
-        ending = "import time; time.sleep(60)"
-    script = f"""
-        from multiprocessing import active_children
-        from tests.unit.pictures import config_of
-        from tests.unit.batches import make
+ENDINGS = {
+    "falls off the end": ("", 0),
+    "raises": ("raise SystemExit(3)", 3),
+    "is ended by SIGTERM": ("time.sleep(60)", -signal.SIGTERM),
+    "is killed": ("time.sleep(60)", -signal.SIGKILL),
+}
+"""What a process does once its workers are there, and its exit code."""
+RUNS = """
+import json, os, sys, time
+from multiprocessing import active_children
+from tests.unit.batches import make
+from tests.unit.pictures import config_of
 
-        stream = make(config_of({str(tmp_path)!r}, workers=2)).steps_from(0)
-        next(stream)
-        print(*[child.pid for child in active_children()], flush=True)
-        {ending}
-    """
+# Each run is a process of its own that ends as this script does; its parent only waits.
+runs = []
+for ending in json.loads(sys.argv[2]):
+    if not (pid := os.fork()):
+        break
+    runs.append(pid)
+else:
+    codes = {pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in runs}
+    print("codes", *[codes[pid] for pid in runs], flush=True)
+    sys.exit()
+stream = make(config_of(sys.argv[1], workers=2)).steps_from(0)
+next(stream)
+number, workers = len(runs), [child.pid for child in active_children()]
+os.write(1, " ".join(map(str, ["run", number, os.getpid(), *workers, chr(10)])).encode())
+exec(ending)
+"""
+
+
+def test_nothing_outlives_the_run(tmp_path: Path) -> None:
+    """A process whose loader is still open ends in seconds, however it ends, and its workers with it."""
+    make(config_of(text_folder(tmp_path / "set", 6)))  # the four need not wait for one another's index
     root = Path(__file__).parents[2]
+    endings = json.dumps([ending for ending, _ in ENDINGS.values()])
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", RUNS, str(tmp_path / "set"), endings],
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
     ) as process:
         assert process.stdout is not None
-        workers = [int(word) for word in process.stdout.readline().split()]
-        assert len(workers) == 2
-        if how == "is ended by SIGTERM":
-            process.terminate()
-        elif how == "is killed":
-            process.kill()
-        assert process.wait(60) == {"raises": 3, "is killed": -9, "is ended by SIGTERM": -15}.get(how, 0)
+        told = [process.stdout.readline().split() for _ in ENDINGS]
+        pids = {int(number): list(map(int, of_run)) for _, number, *of_run in told}
+        assert all(len(of_run) == 3 for of_run in pids.values()), "a run and its two workers"
+        for (_, code), of_run in zip(ENDINGS.values(), (pids[n] for n in range(4)), strict=True):
+            if code < 0:
+                os.kill(of_run[0], -code)
+        said = process.communicate(timeout=60)[0].split()
+        assert said == ["codes", *[str(int(code)) for _, code in ENDINGS.values()]]
     end = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < end, "a worker is still there"
-        time.sleep(0.2)
+    for how, number in zip(ENDINGS, range(4), strict=True):
+        while any(Path(f"/proc/{pid}").exists() for pid in pids[number]):
+            assert time.monotonic() < end, f"a worker of a run that {how} is still there"
+            time.sleep(0.2)
 
 
 def test_many_micro_batches_do_not_use_up_files(tmp_path: Path) -> None:

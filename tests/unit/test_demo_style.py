@@ -63,7 +63,7 @@ def test_the_demo_runs_and_its_base_draws_what_it_is_asked(
     drawn = run.drawn
 
     def quickly(model: Path, prompts: list[str]) -> Any:
-        sampling = replace(run.SAMPLING, steps=8 if model == SHIPPED else 1)
+        sampling = replace(run.SAMPLING, steps=4 if model == SHIPPED else 1)
         monkeypatch.setattr(run, "SAMPLING", sampling)
         return drawn(model, prompts)
 

@@ -1,6 +1,7 @@
 """`sfumato sample` from end to end, in one process: what is drawn, and what the files tell."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,19 +50,18 @@ def write_run(
     folder.mkdir()
     (folder / "resolved.json").write_text(json.dumps({"model": {"weights": str(base), "prompt_window": 77}}))
     for step in steps:
-        places = [folder / f"checkpoints/step-{step:06d}/export"]
-        places += [folder / "export"] if step == max(steps) else []
-        for place in places:
-            fill(place, step)
-            facts = {
-                "step": step,
-                "kind": kind,
-                "run": folder.name,
-                "base": str(base),
-                "family": "sd",
-                "window": 77,
-            }
-            (place / "sfumato.json").write_text(json.dumps(facts))
+        fill(place := folder / f"checkpoints/step-{step:06d}/export", step)
+        facts = {
+            "step": step,
+            "kind": kind,
+            "run": folder.name,
+            "base": str(base),
+            "family": "sd",
+            "window": 77,
+        }
+        (place / "sfumato.json").write_text(json.dumps(facts))
+        if step == max(steps):
+            shutil.copytree(place, folder / "export")
     return folder
 
 

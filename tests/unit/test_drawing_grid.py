@@ -44,7 +44,7 @@ def test_grid_catches_missing_labels() -> None:
         check_grid(lambda images, rows, columns: grid(images, [""] * 2, [""] * 3))
 
 
-@pytest.mark.parametrize("label", [START * 3, "x" * 500, "", "猫 " * 40, "word"])
+@pytest.mark.parametrize("label", [START * 2, "x" * 500, "", "猫 " * 40, "word"])
 @pytest.mark.parametrize("size", [(64, 64), (300, 200), (20, 90)])
 def test_labels_never_touch_pictures_or_edges(label: str, size: tuple[int, int]) -> None:
     sheet = grid([Image.new("RGB", size, "white")] * 4, [label, "b"], [label, "d"], title=label)

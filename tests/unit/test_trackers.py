@@ -1,8 +1,7 @@
 """Trackers are told what metrics.jsonl is told, through their own packages; none ends a run."""
 
+import importlib
 import importlib.util
-import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from sfumato.config import Config, parse
 from sfumato.errors import UserError
 from sfumato.report import trackers
 from sfumato.report.trackers import Trackers
+from tests.engine.ranks import run_ranks
 
 
 def config(place: Path, *names: str, **log: Any) -> Config:
@@ -248,16 +248,24 @@ def test_wandb_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pyte
     trackers.check(config(tmp_path, "wandb"))
 
 
+def of_trackers() -> list[str]:
+    names = ("tensorboard", "wandb", "trackio", "mlflow", "torch.utils.tensorboard")
+    return [name for name in names if name in sys.modules]
+
+
+def imported(also: list[str]) -> tuple[list[str], list[str]]:
+    """Of the trackers' packages, what a process has that can train, and what it has with others imported."""
+    assert {"sfumato.train", "sfumato.report.trackers"} <= sys.modules.keys()
+    before = of_trackers()
+    for name in also:
+        importlib.import_module(name)
+    return before, of_trackers()
+
+
 def test_none_is_imported_that_is_not_named() -> None:
-    code = (
-        "import sys, json, sfumato.train, sfumato.report.trackers\n"
-        "names = ('tensorboard', 'wandb', 'trackio', 'mlflow', 'torch.utils.tensorboard')\n"
-        "print(json.dumps([name for name in names if name in sys.modules]))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=True
-    )
-    assert json.loads(found.stdout.splitlines()[-1]) == []
+    """In a process of the fork server, which has imported sfumato.train and more."""
+    also = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    assert run_ranks(imported, 1, also, init=False) == [([], also)]
 
 
 def test_each_adapter_is_short() -> None:
