@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 LOWERED: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -61,9 +60,9 @@ class Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.casting and func in LOWERED:
-            args, kwargs = tree_map_only(Tensor, self.lowered, (args, kwargs))
+            args, kwargs = cast(self.lowered, args), cast(self.lowered, kwargs)
         elif self.casting and func in self.raised:
-            args, kwargs = tree_map_only(Tensor, raised, (args, kwargs))
+            args, kwargs = cast(raised, args), cast(raised, kwargs)
         if func is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
         if func in (torch.nonzero, Tensor.nonzero):
@@ -81,6 +80,15 @@ class Kernels(TorchFunctionMode):
         if id(tensor) not in self._casts:
             self._casts[id(tensor)] = tensor.to(self.lower)
         return self._casts[id(tensor)]
+
+
+def cast(how: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A function's arguments with their tensors cast."""
+    if isinstance(value, Tensor):
+        return how(value)
+    if isinstance(value, (list, tuple)):
+        return [*(cast(how, part) for part in value)]
+    return {name: cast(how, part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 def raised(tensor: Tensor) -> Tensor:

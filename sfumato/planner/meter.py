@@ -75,6 +75,11 @@ class Meter(TorchDispatchMode):
         self._numbers: dict[int, int] = {storage._cdata: -1 for storage in self._held}  # those alive
         self._references: dict[int, Any] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's question whether it guards every operation against torch.compile: nobody compiles here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # In the backward pass function modes would look at everything that is done here.
@@ -125,13 +130,16 @@ class Meter(TorchDispatchMode):
 
         Those of parameters' gradients do not count.
         """
-        alive, seen = Amount(), set[Amount]()
+        fixed, slope, most = 0, 0, dict[int, int]()
         for number, born in self._events[:end]:
             if number not in self.gradients:
-                alive = alive + self._sizes[number] if born else alive - self._sizes[number]
-                seen.add(alive)
+                size = self._sizes[number]
+                fixed += size.fixed if born else -size.fixed
+                slope += size.slope if born else -size.slope
+                most[slope] = max(fixed, most.get(slope, fixed))
         found = list[Amount]()
-        for moment in sorted(seen, key=lambda moment: (-moment.slope, -moment.fixed)):
+        for slope in sorted(most, reverse=True):
+            moment = Amount(most[slope], slope)
             if not found or moment.of(1) > found[-1].of(1):
                 found.append(moment)
         return tuple(found)
@@ -145,7 +153,9 @@ class Meter(TorchDispatchMode):
         first = len(self._sizes)
 
         def pack(tensor: Tensor) -> Tensor:
-            if (number := self.number(tensor)) >= first:
+            with torch._C.DisableTorchFunction():
+                number = self.number(tensor)
+            if number >= first:
                 found[number] = self._sizes[number]
             return tensor
 
@@ -157,11 +167,6 @@ class Meter(TorchDispatchMode):
 
     def backward(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         """Run the backward pass; gradients of the parameters are told apart from what else it makes."""
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda p: self.gradients.add(self.number(p.grad)))
-            for parameter in parameters
-            if parameter.requires_grad
-        ]
         self._backward = True
         try:
             # Not loss.backward(): a torch function suspends function modes, and checkpoints run within it.
@@ -172,5 +177,5 @@ class Meter(TorchDispatchMode):
             )
         finally:
             self._backward = False
-            for hook in hooks:
-                hook.remove()
+        with torch._C.DisableTorchFunction():
+            self.gradients |= {self.number(p.grad) for p in parameters if p.grad is not None}

@@ -204,7 +204,7 @@ def frozen_bytes(part: nn.Module) -> int:
 @lru_cache(8)
 def _caption(family: _Same, facts: _Same) -> dict[str, Tensor]:
     """One caption as the cache gives it, whose shapes are those of all steps of a model."""
-    with Kernels():
+    with Meter(), Kernels():  # whose memory of shapes makes it faster
         found: dict[str, Tensor] = family.value.encode_prompts([""])
     return found
 

@@ -87,7 +87,7 @@ def test_what_is_kept_is_what_autograd_saves(family: str) -> None:
 def test_stage_0_keeps_the_casts_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU autocast raises no normalisation to fp32, on CUDA it does: the rule is a list."""
     settings = twin("sd", engine__precision="bf16", engine__zero_stage=0)
-    monkeypatch.setattr(tracing, "Kernels", lambda lower: Kernels(lower, frozenset()))
+    monkeypatch.setattr(tracing, "Kernels", lambda lower=None: Kernels(lower, frozenset()))
     kept = rehearse(Stage(settings, facts_of(settings.model)), SMALL).kept
     step = Step(settings, CPU)
     for count in (1, 3):
