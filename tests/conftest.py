@@ -12,26 +12,24 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 
 
 LONGEST = (
-    *("test_validation", "test_storm", "test_slurm_real", "test_command", "test_training", "test_hosts"),
-    *("test_text_encoders", "test_offload", "test_controlnet", "test_demo_style", "test_textual_inversion"),
+    *("test_validation", "test_command", "test_storm", "test_hosts", "test_slurm_real", "test_demo_style"),
+    *("test_text_encoders", "test_training", "test_controlnet", "test_dreambooth", "test_numbers"),
     *(
-        "test_numbers",
         "test_nvme",
-        "test_metrics",
+        "test_auto",
+        "test_textual_inversion",
+        "test_offload",
+        "test_presets",
+        "test_lora",
+        "test_data_runs",
         "test_bench_gates",
         "test_launch_others",
         "test_launch_nodes",
         "test_launch",
     ),
-    *("test_data_runs", "test_lora", "test_bench_data", "test_planner_trace", "test_auto", "test_dreambooth"),
-    *(
-        "test_data_index_processes",
-        "test_same_again",
-        "test_checkpoint_export",
-        "test_presets",
-        "test_doctor",
-    ),
-    *("test_planner", "test_saving", "test_ema", "test_replay", "test_bad_numbers", "test_upload"),
+    *("test_metrics", "test_bench_data", "test_planner_trace", "test_replay", "test_checkpoint_export"),
+    *("test_data_index_processes", "test_doctor", "test_watch"),
+    *("test_planner", "test_ema", "test_bad_numbers", "test_same_again", "test_upload", "test_saving"),
     *(
         "test_sample_ranks",
         "test_full_disk",
@@ -39,7 +37,7 @@ LONGEST = (
         "test_models_families",
         "test_accelerator",
     ),
-    *("test_drawing_command", "test_agreement", "test_watch", "test_data_workers", "test_report_browser"),
+    *("test_drawing_command", "test_agreement", "test_data_workers", "test_report_browser"),
 )
 """The files that take longest, in that order: begun first, no worker is alone with one at the end."""
 

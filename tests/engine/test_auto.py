@@ -34,9 +34,8 @@ def lying_there() -> int:
 def watched(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train; what each run said and recorded, and what lay in memory after its last step."""
     told, step = list[dict[str, Any]](), train.optimizer_step
+    runs.without_exports()
     for values in jobs:
-        if values is not jobs[0]:
-            runs.without_exports()
         sizes = list[int]()
 
         def measured(*given: Any, sizes: list[int] = sizes) -> bool:

@@ -25,7 +25,7 @@ from sfumato.engine import checkpoint, size
 from sfumato.errors import UserError
 from sfumato.models.family import Family
 from sfumato.models.folder import examine, weight_files
-from tests.engine import runs
+from tests.engine import runs, toys
 from tests.engine.ranks import fork_server, run_ranks
 from tests.engine.test_training import LIMIT, alone, check_same_bits
 
@@ -81,6 +81,15 @@ def test_at_every_stage_a_checkpoint_holds_its_export(left: dict[str, Path]) -> 
     with pytest.raises(AssertionError, match="differ"):
         check_export(one / "export", 1, checkpoint.Saved(two))
     assert not [path for run in left.values() for path in run.rglob("*.part")]
+
+
+def test_every_stage_exports_the_same(left: dict[str, Path]) -> None:
+    """After one step on two ranks; a second one would be seen."""
+    one, two = (left["stage-1"] / "checkpoints" / f"step-00000{step}" for step in (1, 2))
+    first = runs.exported(left["stage-0"])
+    for other in (one, left["stage-2"], left["stage-3"]):
+        assert toys.distance(runs.exported(other), first) < 1e-6
+    assert toys.distance(runs.exported(two), first) > 1e-6
 
 
 def test_the_plan_counts_it(place: Path, left: dict[str, Path]) -> None:
@@ -224,7 +233,7 @@ def standing_still(values: dict[str, Any]) -> None:
 
 
 def test_killed_while_an_export_is_written(place: Path) -> None:
-    values = runs.settings(place, name="killed", steps=4, checkpoint__every=1, checkpoint__keep=9)
+    values = runs.settings(place, name="killed", steps=3, checkpoint__every=1, checkpoint__keep=9)
     folder = place / "runs" / "killed" / "checkpoints"
     process = fork_server().Process(target=standing_still, args=(values,))
     process.start()
@@ -240,8 +249,8 @@ def test_killed_while_an_export_is_written(place: Path) -> None:
         saved = checkpoint.Saved(checkpoint.path_of(folder, step))
         check_export(saved.path / "export", step, saved)
     run_ranks(runs.train_here, 1, values, timeout=LIMIT)
-    assert checkpoint.steps_in(folder) == [1, 2, 3, 4] and not [*folder.glob(".*")]
-    check_export(folder.parent / "export", 4, checkpoint.Saved(folder / "step-000004"))
+    assert checkpoint.steps_in(folder) == [1, 2, 3] and not [*folder.glob(".*")]
+    check_export(folder.parent / "export", 3, checkpoint.Saved(folder / "step-000003"))
 
 
 def test_an_export_on_demand(left: dict[str, Path], tmp_path: Path) -> None:

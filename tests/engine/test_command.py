@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sfumato.cli import main
 from sfumato.errors import CONTINUE
-from tests.engine.ranks import run_ranks
+from tests.engine.ranks import as_users_start_it, fork_server, run_ranks
 from tests.unit import twins
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +123,9 @@ def test_killed_stopped_resumed_and_drawn(place: Path) -> None:
 
     # One rank takes over from two, in one process.
     reached = max(checkpoints(place))
-    third = sfumato(place, "train", "run.toml")
-    check_ends_with_ctrl_c(third, f"step {reached + 1}/")
+    third = fork_server().Process(target=at_the_shell, args=(place, ["train", "run.toml"]))
+    third.start()
+    check_ends_with_ctrl_c(third, place, f"step {reached + 1}/")
 
     reached = max(checkpoints(place))
     [out] = run_ranks(ended, 1, place, reached + 1, init=False)
@@ -147,16 +149,36 @@ def ended(place: Path, steps: int) -> str:
     return said.getvalue()
 
 
-def check_ends_with_ctrl_c(process: subprocess.Popen[str], line: str) -> None:
+def at_the_shell(place: Path, words: list[str]) -> None:
+    """The command in a process of its own, which has the libraries at hand; it says all in files."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what started the tests may ignore it
+    as_users_start_it()
+    os.chdir(place)
+    for number, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
+        setattr(sys, f"std{name}", os.fdopen(number, "w", buffering=1, closefd=False))
+    sys.exit(main(words))
+
+
+def check_ends_with_ctrl_c(process: Any, place: Path, line: str) -> None:
     """After its first line, which begins so: it saves, says so, and leaves nothing behind."""
-    assert process.stdout is not None
-    said = [process.stdout.readline()]
-    while said[-1] and not said[-1].startswith("step "):
-        said.append(process.stdout.readline())
-    assert said[-1].startswith(line), said
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == CONTINUE, err
+    end, said = time.monotonic() + PATIENCE, list[str]()
+    try:
+        while not said:
+            assert process.exitcode is None and time.monotonic() < end, (place / "err").read_text()
+            time.sleep(0.05)
+            if (place / "out").exists():
+                lines = (place / "out").read_text().splitlines(keepends=True)
+                said = [each for each in lines if each.startswith("step ") and each.endswith("\n")]
+        assert said[0].startswith(line), said
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) == 2, "the loader's workers"
+        os.kill(process.pid, signal.SIGINT)
+        process.join(PATIENCE)
+    finally:
+        process.kill()
+    err = (place / "err").read_text()
+    assert process.exitcode == CONTINUE, err
     assert "Traceback" not in err and "which is saved" in err, err
     assert not psutil.wait_procs(family, timeout=60)[1], "a loader worker is left over"

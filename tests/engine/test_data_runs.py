@@ -61,32 +61,37 @@ def check_same(losses: dict[str, list[float]]) -> None:
         assert found == pytest.approx(first, abs=1e-5), f"{name} has other losses: {found}, not {first}"
 
 
-def test_every_layout_trains_live_and_cached_to_the_same_losses(place: Path) -> None:
-    """The records are the same, so are their numbers: eight runs with one curve."""
+@pytest.fixture(scope="module")
+def alone(place: Path) -> dict[str, list[float]]:
+    """The losses on one rank, by layout and what is cached."""
     jobs = {
         f"{layout}-{cached}": settings(place, layout, f"{layout}-{cached}", data__cache=cached)
         for layout in LAYOUTS
         for cached in ("none", "both")
     }
-    check_same(dict(zip(jobs, train(list(jobs.values())), strict=True)))
+    return dict(zip(jobs, train(list(jobs.values())), strict=True))
 
 
-def test_two_ranks_read_what_one_does_from_any_cache(place: Path) -> None:
+def test_every_layout_trains_live_and_cached_to_the_same_losses(alone: dict[str, list[float]]) -> None:
+    """The records are the same, so are their numbers: eight runs with one curve."""
+    assert len(alone) == 8
+    check_same(alone)
+
+
+def test_two_ranks_read_what_one_does_from_any_cache(place: Path, alone: dict[str, list[float]]) -> None:
     asked = ("none", "images", "captions", "both")
     jobs = [settings(place, "laion_sx", f"two-{cached}", data__cache=cached) for cached in asked]
-    one = train([settings(place, "laion_sx", "one")])
-    check_same({"one": one[0]} | dict(zip(asked, train(jobs, 2), strict=True)))
+    check_same({"one": alone["laion_sx-none"]} | dict(zip(asked, train(jobs, 2), strict=True)))
 
 
-def test_a_wrong_cache_is_seen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_cache_is_seen(place: Path, alone: dict[str, list[float]]) -> None:
     """The broken variants: latents of another crop than the numbers', and moments without their variance."""
-    live = train([settings(place, "laion_sx", "live")])[0]
     for broken in (uncropped_cache, mean_cache):
         values = settings(place, "laion_sx", broken.__name__, data__cache="images")
         values["data"]["store"] = str(place / broken.__name__)
         found = run_ranks(broken, 1, values, timeout=200)[0]
         with pytest.raises(AssertionError, match="other losses"):
-            check_same({"live": live, broken.__name__: found})
+            check_same({"live": alone["laion_sx-none"], broken.__name__: found})
 
 
 def uncropped_cache(values: dict[str, Any]) -> list[float]:

@@ -93,9 +93,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def jobs(place: Path, world: int) -> list[dict[str, Any]]:
-    asked: dict[str, Any] = {"micro_batch_size": 1, "steps": 5, "log__every": 2, "checkpoint__export": False}
+    asked: dict[str, Any] = {"steps": 5, "log__every": 2, "checkpoint__export": False}
     if world == 2:
-        asked |= {"engine__zero_stage": 2, "log__weights_every": 5}
+        asked |= {"engine__zero_stage": 2, "log__weights_every": 5, "micro_batch_size": 1}
     found = [runs.settings(place, name=f"{world}-ranks", **asked)]
     if world == 1:
         found.append(runs.settings(place, name="broken", **asked | {"steps": 2}))

@@ -19,7 +19,7 @@ from tests.engine.ranks import run_ranks
 ADAM: dict[str, Any] = {
     "optimizer__name": "adamw", "optimizer__lr": 1e-2, "optimizer__max_grad_norm": 0.5, "ema__enabled": True,
 }  # fmt: skip
-STEPS = 3
+STEPS = 2
 AWAY = {"engine__offload_optimizer": "cpu"}
 CELLS: dict[str, dict[str, Any]] = {
     **{f"{stage} here": {"engine__zero_stage": stage} for stage in (1, 2, 3)},
@@ -36,7 +36,7 @@ def settings(cell: str, **changes: Any) -> Any:
 
 
 def trained(place: Path, cell: str, resume: Path | None = None, **changes: Any) -> dict[str, Any]:
-    """Three steps, saved after the second; a batch that is not finite is tried before the last one."""
+    """Two steps, saved after the first; a batch that is not finite is tried before the last one."""
     engine = toys.make(settings(cell, **changes))
     told: dict[str, Any] = {"loss": [], "norm": []}
     if resume is not None:

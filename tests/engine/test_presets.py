@@ -37,7 +37,7 @@ def overrides(place: Path, name: str) -> list[str]:
         "output": place / "runs",
         "steps": 2,
         "batch_size": 4,
-        "micro_batch_size": 2,
+        "micro_batch_size": 4,
         "optimizer.warmup_steps": 0,
         "model.weights": model,
         "data.source": json.loads((place / "data.json").read_text())[LAYOUT.get(name, "parquet")],

@@ -78,20 +78,20 @@ def whole_lines(run: Path) -> list[dict[str, float]]:
 
 def test_t7_killed_twice_and_resumed_equals_never_stopped_to_the_bit(place: Path) -> None:
     """Once the newest checkpoint is damaged, too: three steps are made again from the one before."""
-    changes = {"steps": 10, "checkpoint__every": 3, "checkpoint__export": False, "data__workers": 2}
-    straight = train(place, name="straight", **changes)
+    changes = {"steps": 7, "checkpoint__every": 2, "checkpoint__export": False, "data__workers": 2}
+    straight = train(place, bare=True, name="straight", **changes)
     values = runs.settings(place, name="killed", **changes)
-    killed_at(4, values, saved=3)
-    killed_at(7, values, saved=6)
+    killed_at(3, values, saved=2)
+    killed_at(5, values, saved=4)
     stopped = Path(values["output"]) / "killed"
-    spoilt = checkpoint.path_of(stopped / "checkpoints", 6)
+    spoilt = checkpoint.path_of(stopped / "checkpoints", 4)
     flip(spoilt / "rank-00000.safetensors", 5000)
-    train(place, name="killed", **changes)
+    train(place, bare=True, name="killed", **changes)
     names = sorted(path.name for path in spoilt.parent.iterdir())
-    assert names == ["step-000006.damaged", "step-000009", "step-000010"]
+    assert names == ["step-000004.damaged", "step-000006", "step-000007"]
     for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         check_same_bits(runs.tensors_of(stopped, kind), runs.tensors_of(straight, kind))
-    assert [m["step"] for m in runs.metrics(stopped)] == list(range(1, 11))
+    assert [m["step"] for m in runs.metrics(stopped)] == list(range(1, 8))
     assert [m["loss"] for m in runs.metrics(stopped)] == [m["loss"] for m in runs.metrics(straight)]
 
 
@@ -112,7 +112,7 @@ def test_t7_catches_a_resume_that_starts_the_epoch_anew(place: Path) -> None:
 def test_one_run_over_other_stages_and_ranks(place: Path) -> None:
     """From every stage and 1, 2 and 4 ranks to another, against stage 0 on one rank: the same curve."""
     straight = train(place, bare=True, name="one", steps=5, engine__zero_stage=0)
-    legs = ((2, 1, 1), (4, 3, 1), (1, 2, 2), (2, 0, 1), (1, 1, 2))
+    legs = ((4, 1, 1), (2, 3, 1), (1, 2, 2), (2, 0, 1), (1, 1, 2))
     for steps, (world, stage, micro) in enumerate(legs, 1):
         changes = {"steps": steps, "engine__zero_stage": stage, "micro_batch_size": micro}
         moved = train(place, world, bare=True, name="moved", **changes)
@@ -122,26 +122,26 @@ def test_one_run_over_other_stages_and_ranks(place: Path) -> None:
     assert losses == pytest.approx([m["loss"] for m in runs.metrics(straight)], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_zero_3_exports_what_zero_0_exports(place: Path, precision: str) -> None:
+def test_zero_3_exports_in_bf16_what_zero_1_exports(place: Path) -> None:
+    """In fp32 test_checkpoint_export.py compares all stages."""
     results = several(place, 2, [
-        {"name": f"{precision}-{stage}", "engine__zero_stage": stage, "engine__precision": precision,
-         "micro_batch_size": 1, "steps": 3}
-        for stage in ((0, 3) if precision == "fp32" else (1, 3))
+        {"name": f"bf16-{stage}", "engine__zero_stage": stage, "engine__precision": "bf16", "steps": 2}
+        for stage in (1, 3)
     ])  # fmt: skip
-    gap = toys.distance(runs.exported(results[1]), runs.exported(results[0]))
-    assert gap < (1e-6 if precision == "fp32" else 1e-3)
+    assert toys.distance(runs.exported(results[1]), runs.exported(results[0])) < 1e-3
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_stock_diffusers_draws_with_what_was_trained(place: Path, family: str) -> None:
-    left = train(place, name=f"drawn-{family}", family=family, preview__prompts=("a cat",), preview__steps=2)
+    left = train(
+        place, name=f"drawn-{family}", family=family, steps=2, preview__prompts=("a cat",), preview__steps=2
+    )
     start = runs.load_file(place / family / "unet" / "diffusion_pytorch_model.safetensors")
     assert toys.distance(runs.exported(left), start) > 1e-4, "it learned nothing"
     pipeline = DiffusionPipeline.from_pretrained(left / "export", low_cpu_mem_usage=False)
     image = pipeline("a cat", num_inference_steps=2, output_type="pt", height=64, width=64).images
     assert image.shape == (1, 3, 64, 64) and bool(torch.isfinite(image).all())
-    assert list((left / "images" / "step-000004").glob("*.png"))
+    assert list((left / "images" / "step-000002").glob("*.png"))
 
 
 def test_step_counts_and_records(place: Path) -> None:

@@ -10,6 +10,9 @@ import importlib
 from PIL import Image
 from transformers import conversion_mapping
 
+from sfumato.engine import content
+from sfumato.report.page import paper
+
 LATE = (
     *("sfumato.data.sources.kinds", "sfumato.data.sources.rows", "sfumato.data.sources.tars"),
     *("sfumato.sample", "sfumato.cache", "numpy.ma", "numpy.ctypeslib", "torch.profiler"),
@@ -22,6 +25,9 @@ for name in LATE:
         importlib.import_module(name)
 Image.init()
 conversion_mapping.get_checkpoint_conversion_mapping("clip")
+content.versions()
+for page in paper.HOME.glob("*.html"):  # compiled they are a tenth of a toy's run
+    paper.printer().get_template(page.name)
 # Half a second for every look of the collector through all of that, and each look copies its pages.
 gc.collect()
 gc.freeze()
