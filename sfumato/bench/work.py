@@ -57,7 +57,6 @@ def method_of(config: Config, facts: Facts, device: torch.device) -> Method:
     family = bare_family(config, facts)
     images, captions = held_parts(config)
     if device.type != "meta":
-        _ = family.vae_config
         if images:
             family.vae = filled(family.vae, device)
         # Captions are encoded once for a batch that the cache would give.

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from sfumato import config
@@ -87,8 +88,9 @@ class Family(Texts):
     @cached_property
     def vae_config(self) -> Any:
         """The VAE's config, with the defaults of its class; needs no weights."""
-        with quiet(), torch.device("meta"):
-            return AutoencoderKL.from_config(read_json(self.facts.vae_folder / "config.json")).config
+        taken = inspect.signature(AutoencoderKL).parameters.values()
+        defaults = {each.name: each.default for each in taken if each.default is not each.empty}
+        return FrozenDict(defaults | read_json(self.facts.vae_folder / "config.json"))
 
     def load(self, images: bool = True, captions: bool = True) -> "Family":
         """Load the parts that encode images or captions at once, so that their faults are told at once."""

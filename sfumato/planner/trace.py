@@ -121,7 +121,6 @@ class Stage:
         self.config, self.facts = config, facts
         self.encodes = held_parts(config)
         family = bare_family(config, facts)
-        _ = family.vae_config  # which is read with a model that is dropped again: no part of a step
         with quiet(), torch.device(META):
             self.method: Method = methods.build(config, family)
             self.family = self.method.family
