@@ -19,10 +19,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from sfumato.engine.gradients import TESTED
-from sfumato.models.compiled import KINDS
-
-WHOLE = [*KINDS, "CLIPEncoderLayer"]
-"""Classes of blocks: at most 49 million numbers each in SD and SDXL."""
+from sfumato.models.compiled import WHOLE
 
 
 @contextmanager
@@ -31,7 +28,7 @@ def as_one(module: nn.Module) -> Iterator[None]:
     if deepspeed.__version__.partition("+")[0] not in TESTED:
         yield
         return
-    set_z3_leaf_modules(module, WHOLE, raise_if_not_found=False)
+    set_z3_leaf_modules(module, [*WHOLE], raise_if_not_found=False)
     asks, stage3.z3_leaf_parameter = stage3.z3_leaf_parameter, by_itself
     try:
         yield

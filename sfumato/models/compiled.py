@@ -17,6 +17,8 @@ from sfumato.errors import UserError
 BACKEND = "inductor"
 KINDS = ("BasicTransformerBlock", "ResnetBlock2D")
 """Classes of diffusers' U-Nets and ControlNets; of other models it is those that diffusers names itself."""
+WHOLE = (*KINDS, "CLIPEncoderLayer")
+"""Blocks whose weights come and go together at stage 3: at most 49 million numbers each in SD and SDXL."""
 VARIANTS = 4
 """Compilations of one kind of block at one size: with and without gradients of its input and of its text."""
 

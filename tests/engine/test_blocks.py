@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sfumato.bench.gates.paper import replaced
 from sfumato.engine import blocks
 from sfumato.engine.engine import Engine
+from sfumato.models.compiled import WHOLE
 from tests.engine import runs
 from tests.engine.ranks import run_ranks
 
@@ -43,7 +44,7 @@ def run(place: str, cell: str, name: str, hooks: list[int]) -> dict[str, Tensor]
 @contextmanager
 def gradients_with_the_block(module: nn.Module) -> Any:
     """Broken: DeepSpeed's own way."""
-    set_z3_leaf_modules(module, blocks.WHOLE, raise_if_not_found=False)
+    set_z3_leaf_modules(module, [*WHOLE], raise_if_not_found=False)
     assert stage3.z3_leaf_parameter is not blocks.by_itself
     yield
 
