@@ -17,7 +17,6 @@ from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.scale import LossScale
 from sfumato.engine.weights import WeightFiles
-from sfumato.models.loading import DTYPES
 
 
 class Unfilled(TorchFunctionMode):
@@ -53,7 +52,6 @@ class Engine:
         self.config, self.ranks = config, ranks
         self.accumulation = config.accumulation(ranks.world)
         self.autocast = autocast(config)
-        self.dtype = torch.float32 if self.autocast else DTYPES[config.engine.precision]
         self.step_count = 0
         self.position = 0
         """Global batches that were consumed: one for each applied step, and those left out."""
@@ -125,7 +123,9 @@ class Engine:
             if self.config.engine.zero_stage < 3:
                 return build()
             # Each layer is cut into the ranks' parts as soon as it exists, so that no rank holds the whole.
-            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=self.dtype):
+            # The numbers' format is read from the settings: a `dtype` given here is made bf16 wherever
+            # DeepSpeed finds no fp16, as on most CPUs (0.19.8, `a or b if c else d`).
+            with deepspeed.zero.Init(config_dict_or_path=settings):
                 module = build()
         for part in module.modules():
             # CLIP asks this table for its length before the table's own forward pass has gathered it.

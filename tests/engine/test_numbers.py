@@ -3,12 +3,17 @@
 Names T1 to T18 are the traps that each test springs; beside it a broken variant shows that it would notice.
 """
 
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from sfumato.bench.gates.paper import replaced
 from sfumato.engine import optimizer
 from tests.engine import toys
 from tests.engine.ranks import run_ranks
@@ -129,6 +134,32 @@ def test_at_stage_3_no_rank_holds_the_whole() -> None:
     settings = toys.config(micro_batch_size=4, engine__zero_stage=3)
     for held in run_ranks(parts_held, 2, settings):
         assert all(part == -(-whole // 2) for whole, part in held)
+
+
+def formats(given: bool) -> dict[tuple[str, bool], set[torch.dtype]]:
+    """The weights' formats at stage 3, by precision and whether DeepSpeed says that the device knows fp16."""
+    found, init = {}, deepspeed.zero.Init
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        settings = toys.config(micro_batch_size=8, engine__zero_stage=3, engine__precision=precision)
+        for known in (True, False):
+            with ExitStack() as pretended:
+                seam = type(get_accelerator())
+                pretended.enter_context(replaced(seam, "is_fp16_supported", lambda self, known=known: known))
+                if given:
+                    pretended.enter_context(replaced(deepspeed.zero, "Init", partial(init, dtype=dtype)))
+                found[precision, known] = {p.dtype for p in toys.make(settings).parameters()}
+    return found
+
+
+def test_at_stage_3_the_weights_have_the_runs_format_on_every_cpu() -> None:
+    (found,) = run_ranks(formats, 1, False)
+    for (precision, _), dtypes in found.items():
+        assert dtypes == {torch.float32 if precision == "fp32" else torch.bfloat16}
+
+
+def test_catches_a_format_that_deepspeed_changes() -> None:
+    (found,) = run_ranks(formats, 1, True)
+    assert found["fp32", True] == {torch.float32} and found["fp32", False] == {torch.bfloat16}
 
 
 def check_mean_loss(told: float, losses: Tensor) -> None:
