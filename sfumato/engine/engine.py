@@ -17,6 +17,7 @@ from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.scale import LossScale
 from sfumato.engine.weights import WeightFiles
+from sfumato.models.loading import DTYPES
 
 
 class Unfilled(TorchFunctionMode):
@@ -52,6 +53,8 @@ class Engine:
         self.config, self.ranks = config, ranks
         self.accumulation = config.accumulation(ranks.world)
         self.autocast = autocast(config)
+        self.dtype = torch.float32 if self.autocast else DTYPES[config.engine.precision]
+        """The format of the module's weights."""
         self.step_count = 0
         self.position = 0
         """Global batches that were consumed: one for each applied step, and those left out."""

@@ -100,10 +100,9 @@ def make(settings: Config) -> Engine:
 def one_step(engine: Engine, step: int) -> bool:
     applied = False
     micro, place = engine.config.micro_batch_size, engine.ranks
-    dtype = next(engine.parameters()).dtype
     for m in range(engine.accumulation):
         first = (m * place.world + place.rank) * micro
-        engine.backward(losses_of(engine, slice(first, first + micro), step, dtype))
+        engine.backward(losses_of(engine, slice(first, first + micro), step, engine.dtype))
         applied = engine.step()
     return applied
 
