@@ -54,8 +54,11 @@ def done(place: Path) -> dict[str, Path]:
 
 
 def test_every_stage_learns_the_same_and_resumes(done: dict[str, Path]) -> None:
-    for one, other, bound in (("one", "third", 1e-5), ("two", "half", 1e-5), ("one", "low", 0.1)):
-        first, second = (runs.tensors_of(done[name]) for name in (one, other))
+    # Adam's first steps are the gradient's signs, and rounding to bf16 turns those of small numbers.
+    kinds = {"third": ("weight", 1e-5), "half": ("weight", 1e-5), "low": ("exp_avg", 0.1)}
+    for one, other in (("one", "third"), ("two", "half"), ("one", "low")):
+        kind, bound = kinds[other]
+        first, second = (runs.tensors_of(done[name], kind) for name in (one, other))
         assert all(name.endswith("token_embedding.learned") for name in first), "more learns than the word"
         assert [tuple(rows.shape) for rows in first.values()] == [(2, 32)] * len(first)
         assert toys.distance(first, second) < bound, (one, other)
