@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sfumato import models, prior
-from sfumato.check import Plan, check
+from sfumato.check import Plan, check, slow_numbers
 from sfumato.config import Config
 from sfumato.engine import ranks
 from sfumato.engine.offload import host_memory
@@ -36,6 +36,8 @@ def begin(config: Config, planned: bool = False) -> tuple[Ranks, Plan]:
     plan = check(config, place.world, place.device.type, verify=place.first, tell=print, local=local)
     if place.first:
         place.barrier()
+        if advice := slow_numbers(config, place.device.type):
+            print(advice)
     return place, plan
 
 

@@ -20,6 +20,8 @@ from sfumato.variables import ALLOCATOR, known
 DONE = "SFUMATO_TUNED"
 """Where a process finds what was done for it: `Mark`."""
 DEVICES = ("dev/nvidia0", "dev/kfd", "dev/davinci0", "dev/accel", "dev/dri/renderD128", "dev/dxg")
+BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Linux's words for a CPU's arithmetic in bf16: Intel's, then AMD's too, then Arm's."""
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
@@ -58,6 +60,16 @@ def has_accelerator(env: Mapping[str, str], root: Path = Path("/")) -> bool:
     """Whether this machine seems to have one, by its device files: a guess that costs no import of torch."""
     named = env.get("DS_ACCELERATOR")
     return named != "cpu" if named else any((root / device).exists() for device in DEVICES)
+
+
+def has_bf16(known: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU computes in bf16: others turn it into fp32 and back, which takes longer.
+
+    Read off what Linux says of it, which costs no import of torch; true where nothing is said.
+    """
+    if not known.exists():
+        return True
+    return not set(BF16).isdisjoint(known.read_text().split())
 
 
 def missing(env: Mapping[str, str], ranks: int) -> dict[str, str]:

@@ -25,6 +25,7 @@ from sfumato.check.rules import (
     check_precision,
     check_sizes,
     check_views,
+    slow_numbers,
 )
 from sfumato.config import Config
 from sfumato.data.buckets import Cells, reason
@@ -40,7 +41,7 @@ from sfumato.planner.ways import way_of
 from sfumato.prior import Pictures
 from sfumato.report import trackers, upload
 
-__all__ = ["Plan", "check", "check_folder"]
+__all__ = ["Plan", "check", "check_folder", "slow_numbers"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Plan:
         yield "steps", f"{config.steps:,}, which are {epochs:,.2f} epochs of {epoch:,.0f} samples"
         chosen = ', as engine = "auto" chose' if config.engine.auto else ""
         yield "numbers", f"{config.engine.precision}, {way_of(config).words}{chosen}"
+        if advice := slow_numbers(config, self.accelerator):
+            yield "", advice
         room = checkpoint_bytes(config, facts, self.parameters or 0)
         yield "folder", f"{config.folder}" + (f" (a checkpoint takes {readable(room)})" if room else "")
         if there := checkpoints_in(config.folder):

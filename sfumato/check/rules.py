@@ -23,6 +23,7 @@ from sfumato.engine.size import (
 )
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, learned, weight_files
+from sfumato.tuning import has_bf16
 
 IMAGES = ("images", "both")
 """Values of data.cache that encode images."""
@@ -109,6 +110,13 @@ def check_precision(config: Config, accelerator: str) -> None:
             "DeepSpeed gives no fp32 weights to average, save or export there",
             "set engine.zero_stage = 1, which costs nothing more",
         )
+
+
+def slow_numbers(config: Config, accelerator: str) -> str | None:
+    """What a user should know of a precision that works, but slowly; None where there is nothing."""
+    if accelerator != "cpu" or config.engine.precision != "bf16" or has_bf16():
+        return None
+    return "this CPU has no arithmetic for bf16: engine.precision=fp32 takes less time here"
 
 
 def check_compile(config: Config, accelerator: str) -> None:

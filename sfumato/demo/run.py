@@ -16,7 +16,7 @@ from sfumato.drawing.grid import grid
 from sfumato.drawing.pictures import Drawing, write
 from sfumato.drawing.pipelines import open_pipeline
 from sfumato.drawing.request import Sampling, shots
-from sfumato.tuning import has_accelerator
+from sfumato.tuning import has_accelerator, has_bf16
 
 SHIPPED = Path(__file__).parent / "base"
 """The base model; base.py says how it was made."""
@@ -51,7 +51,7 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     images = output / "demo" / "images-openmoji"
     emoji.write_images("openmoji", images, codes=emoji.tuning())
     wishes = [f"output={output}", f"model.weights={base}", f"data.source={images}"]
-    wishes = [*shares(), *wishes, f"data.store={output / 'demo' / 'cache'}", *overrides]
+    wishes = [*cut(), *wishes, f"data.store={output / 'demo' / 'cache'}", *overrides]
     settings = config.load(SETTINGS, wishes)
     held = {code: emoji.concepts()[code] for code in emoji.held_out()}
     print(f"The base draws {len(held)} concepts, as it learned them in the style of Noto ...")
@@ -66,9 +66,11 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     return result
 
 
-def shares() -> list[str]:
-    """The setting that gives every core of a CPU a rank of its own."""
-    return [f"micro_batch_size={config.load(SETTINGS).batch_size // ranks()}"]
+def cut() -> list[str]:
+    """The settings that suit this machine: a rank for every core of a CPU, and numbers that the CPU knows."""
+    settings = [f"micro_batch_size={config.load(SETTINGS).batch_size // ranks()}"]
+    known = has_accelerator(os.environ) or has_bf16()
+    return settings if known else [*settings, "engine.precision=fp32"]
 
 
 def ranks() -> int:

@@ -9,6 +9,7 @@ import torch
 from sfumato.config import Config
 from sfumato.device import accelerator, kind, name_of
 from sfumato.doctor.lines import Line, bad, good, judged, warning
+from sfumato.tuning import has_bf16
 
 QUERY = ("ecc.errors.uncorrected.volatile.total", "temperature.gpu", "clocks_throttle_reasons.active")
 """What nvidia-smi is asked of each GPU."""
@@ -22,7 +23,8 @@ def lines(config: Config | None, device: torch.device) -> list[Line]:
     """What is said of the device and its health."""
     if kind() == "cpu":
         low = matmul_works(device)
-        text = f"no accelerator: CPU ranks; bf16 {'works' if low else 'fails'}, fp16 is not for training here"
+        bf16 = ("works" if has_bf16() else "works, slower than fp32") if low else "fails"
+        text = f"no accelerator: CPU ranks; bf16 {bf16}, fp16 is not for training here"
         return [judged(low, "device", text, "set engine.precision = fp32", grave=wants(config, "bf16"))]
     seam = accelerator()
     formats = {"bf16": bool(seam.is_bf16_supported()), "fp16": bool(seam.is_fp16_supported())}

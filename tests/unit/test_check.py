@@ -1,6 +1,7 @@
 """All that can be refused before a model is loaded is refused, at once and with our settings' names."""
 
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -55,6 +56,14 @@ def test_a_plan_says_what_will_be(settings: Settings) -> None:
     assert "4 = 1 on 2 cpu ranks, 2 times" in text
     assert "6, which are 8.00 epochs of 3 samples" in text
     assert not Path(settings["output"]).exists()
+
+
+def test_a_slow_precision_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known, accelerator, precision in product((True, False), ("cpu", "cuda"), ("bf16", "fp32")):
+        monkeypatch.setattr(rules, "has_bf16", lambda known=known: known)
+        settings["engine"] = {"precision": precision}
+        told = "engine.precision=fp32 takes less time" in str(check(config.parse(settings), 1, accelerator))
+        assert told is ((known, accelerator, precision) == (False, "cpu", "bf16"))
 
 
 def test_weights_are_counted_from_the_headers(weights: Path) -> None:

@@ -1,6 +1,7 @@
 """The style distance sees how things are drawn and not what; the shipped base is what is claimed."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,16 @@ def test_the_shipped_weights_fit_in_20_mb() -> None:
 def test_the_batch_is_cut_among_all_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: range(ranks + ranks % 2))
     monkeypatch.setattr(run, "has_accelerator", lambda _: ranks == 1)
-    settings = config.load(SETTINGS, run.shares())
+    settings = config.load(SETTINGS, run.cut())
     assert run.ranks() == ranks and settings.micro_batch_size * ranks == settings.batch_size
+
+
+def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for accelerator, bf16 in product((True, False), (True, False)):
+        monkeypatch.setattr(run, "has_accelerator", lambda _, found=accelerator: found)
+        monkeypatch.setattr(run, "has_bf16", lambda found=bf16: found)
+        precision = config.load(SETTINGS, run.cut()).engine.precision
+        assert precision == ("bf16" if accelerator or bf16 else "fp32")
 
 
 def test_the_demo_runs_and_its_base_draws_what_it_is_asked(

@@ -11,7 +11,7 @@ from deepspeed.accelerator import real_accelerator
 
 from sfumato import device
 from sfumato.config import parse
-from sfumato.tuning import DONE, Mark, given, has_accelerator, importing, missing, report, unneeded
+from sfumato.tuning import DONE, Mark, given, has_accelerator, has_bf16, importing, missing, report, unneeded
 from sfumato.variables import ALLOCATOR
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +90,17 @@ def begun(code: str, **environment: str) -> list[str]:
     )
     assert out.returncode == 0, out.stderr
     return out.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [("flags : fma amx_bf16 amx_tile", True), ("flags : avx512_bf16", True), ("Features : fp bf16 sve", True),
+     ("flags : fma avx512f avx512_fp16", False), (None, True)],
+)  # fmt: skip
+def test_which_cpus_know_bf16(tmp_path: Path, said: str | None, known: bool) -> None:
+    if said is not None:
+        (tmp_path / "cpuinfo").write_text(f"model name : A CPU\n{said}\nbugs :\n")
+    assert has_bf16(tmp_path / "cpuinfo") is known
 
 
 def test_a_process_begins_anew_once_with_the_same_arguments_and_number() -> None:
