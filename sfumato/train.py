@@ -60,12 +60,15 @@ def train(config: Config) -> Path:
         objective = Objective(config.objective, family.scheduler_config)
         points = Points.of(config, plan.held, plan.cells, method, cached, place)
         draw = partial(method.draw, config.seed)
-        weights = starting(method.weights(), draw, method.source_name, config.folder, place)
-        engine = Engine(config, place, method.build, weights, method.settle)
-        if saved is not None:
-            checkpoint.load(engine, saved)
         latent = family.latent_channels, family.vae_factor
         loader = Loader(config, plan.index, plan.cells, *latent, cached, place.rank, place.world)
+        # Its workers begin before there are weights: a fork holds on to every page that changes later.
+        steps = held.enter_context(closing(loader.steps_from(saved.position if saved else 0)))
+        weights = starting(method.weights(), draw, method.source_name, config.folder, place)
+        engine = Engine(config, place, method.build, weights, method.settle)
+        weights.close()
+        if saved is not None:
+            checkpoint.load(engine, saved)
         facts = {
             "config": config.model_dump(mode="json"),
             "data": plan.fingerprint,
@@ -76,7 +79,6 @@ def train(config: Config) -> Path:
             Telling(config, engine, starts, plan.cells.sizes, family.vae_factor) as told,
             Watch(place, config.engine.timeout) as watch,
             Writer(engine, facts, told.note, beside(config, family, told.note, place.first)) as writer,
-            closing(loader.steps_from(engine.position)) as steps,
             stopping.together(place, config.engine.timeout + MARGIN),
         ):
             saves = {"checkpoint": config.checkpoint.every, "averages": config.ema.snapshots}

@@ -92,9 +92,15 @@ class Loader:
     def steps_from(self, step: int) -> Generator[list[Batch], None, None]:
         """One list of `accumulation` micro-batches per optimizer step, from `step` on, without end.
 
-        The workers begin with the first list and end when the generator is closed or dropped.
+        The workers begin at once, and end when the generator is closed or dropped.
         Raises UserError when too many records are unusable, and when the workers die or are too slow.
         """
+        steps = self._steps_from(step)
+        next(steps)
+        return steps
+
+    def _steps_from(self, step: int) -> Generator[list[Batch], None, None]:
+        """An empty list once the workers are at work, then those of `steps_from`."""
         pinned = kind() != "cpu"
         batches = self.begin(step, pinned)
 
@@ -104,6 +110,7 @@ class Loader:
         # At exit multiprocessing asks workers to end, which ours ignore, and waits for them.
         atexit.register(stop)
         try:
+            yield []
             while True:
                 yield [self.next_batch(batches, step, micro, pinned) for micro in range(self.accumulation)]
                 step += 1

@@ -60,6 +60,10 @@ class WeightFiles:
         file, inner = self._of[name]
         return tuple(file.get_slice(inner).get_shape())
 
+    def close(self) -> None:
+        """Let go of the files, whose pages are memory of this process as long as they are open."""
+        self._of.clear()
+
     def __call__(self, name: str, start: int, length: int) -> Tensor:
         """A slice of a parameter's flattened tensor, (length,)."""
         file, inner = self._of[self.name(name)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato import config
 from sfumato.bench import bare, entrants, peers
@@ -156,3 +158,23 @@ def test_folders_without_the_scripts_and_work_that_none_has_are_refused(tmp_path
         peers.run("tiny", None, 1, None, family="sdxl", recipe=tmp_path)
     with pytest.raises(UserError, match="--model base --family sd --task controlnet"):
         peers.run("base", None, 1, None, "controlnet")
+
+
+@pytest.mark.parametrize(("family", "real"), [("sd", 1.117 / 0.803), ("sdxl", 4.879 / 6.761)])
+def test_mids_parts_cost_in_proportion_what_real_ones_do(tmp_path: Path, family: str, real: float) -> None:
+    """A picture encoded over a U-Net forward, in FLOPs; real: SD 1.5 at 512 pixels and SDXL at 1024."""
+    peers.make_model(tmp_path, "mid", family)
+    size = peers.MODELS["mid"][0]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tmp_path / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(tmp_path / "vae"))
+        settings = unet.config
+        rows = {"context": torch.zeros(1, 77, settings.cross_attention_dim)}
+        if family == "sdxl":
+            pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
+            rows |= {"pooled": torch.zeros(1, pooled), "sizes": torch.zeros(1, 6)}
+        with FlopCounterMode(display=False) as forward:
+            bare.answer(unet, None, torch.zeros(1, 4, size // 8, size // 8), torch.zeros(1), rows)
+        with FlopCounterMode(display=False) as encoding:
+            vae.encode(torch.zeros(1, 3, size, size))
+    assert encoding.get_total_flops() / forward.get_total_flops() == pytest.approx(real, rel=0.1)
