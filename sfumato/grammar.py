@@ -176,6 +176,7 @@ def bench_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
         "--diffusers-examples", type=Path, metavar="DIR", help="of peers: diffusers' folder `examples`"
     )
     command.add_argument("--seed-recipe", type=Path, metavar="DIR", help="of peers: deepspeed-diffusers")
+    command.add_argument("--compiled", action="store_true", help="of peers: ours with engine.compile, too")
 
 
 def data_options(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:

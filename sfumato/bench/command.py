@@ -33,7 +33,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.what == "peers":
         from sfumato.bench import peers
 
-        which = arguments.task, arguments.family, arguments.seed_recipe
+        which = arguments.task, arguments.family, arguments.seed_recipe, arguments.compiled
         peers.run(arguments.model, arguments.diffusers_examples, arguments.rounds, arguments.json, *which)
         return 0
     if arguments.real:

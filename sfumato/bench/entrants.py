@@ -71,18 +71,23 @@ def find(work: Work, examples: Path | None, recipe: Path | None) -> Scripts:
     return Scripts(example, script)
 
 
-def entrants(place: Path, work: Work, scripts: Scripts) -> list[Entrant]:
-    """All sides for the model and pictures of a folder; the bare loop is the first."""
+def entrants(place: Path, work: Work, scripts: Scripts, compiled: bool = False) -> list[Entrant]:
+    """All sides for the model and pictures of a folder; the bare loop is the first.
+
+    compiled: with ours from the cache and engine.compile as well.
+    """
     model, pictures = place / "model", place / "pictures"
     python, told = sys.executable, place / "bare" / "metrics.jsonl"
     numbers = [str(number) for number in (work.steps, work.batch, work.size)]
     bare = [python, "-m", "sfumato.bench.bare", str(model), str(pictures), *numbers, str(told), work.task]
     sides = [Entrant("bare loop", bare, told.parent, work.steps, told)]
-    for cache in ("both", "none"):
-        name = f"ours-{cache}"
+    ours: list[tuple[str, str, list[str]]] = [("ours, cached", "both", []), ("ours, live", "none", [])]
+    if compiled:
+        ours.insert(1, ("ours, compiled", "both", ["engine.compile=true"]))
+    for what, cache, more in ours:
+        name = what.replace(", ", "-")
         config = write_config(place, name, work, cache)
-        command = [python, "-m", "sfumato", "train", str(config), f"steps={work.steps}"]
-        what = "ours, live" if cache == "none" else "ours, cached"
+        command = [python, "-m", "sfumato", "train", str(config), f"steps={work.steps}", *more]
         folder = place / "runs" / name
         sides.append(Entrant(what, command, folder, work.steps, folder / "metrics.jsonl"))
     if scripts.example is not None:

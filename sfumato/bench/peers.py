@@ -35,7 +35,9 @@ from sfumato.bench.bare import HINT, learner
 from sfumato.bench.entrants import Work, entrants, find
 from sfumato.bench.machine import machine
 from sfumato.bench.race import Entrant, Seen, race
+from sfumato.device import kind
 from sfumato.errors import UserError
+from sfumato.models.compiled import check_here
 
 WARM = 3
 """Steps at the start of a round that are not timed."""
@@ -61,18 +63,22 @@ def run(
     task: str = "full",
     family: str = "sd",
     recipe: Path | None = None,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Measure, show and write it to `out` as JSON.
 
     what: of MODELS. examples: diffusers' folder `examples`, recipe: that of deepspeed-diffusers; None:
-    without that side. Raises UserError for folders that are not there, and for work that there is no model
-    for; RuntimeError where a side fails.
+    without that side. compiled: with engine.compile as a side, too. Raises UserError for folders that are
+    not there, for work that there is no model for, and where nothing can be compiled; RuntimeError where a
+    side fails.
     """
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--json {out}", f"no folder {out.parent}", "make it, or name another file")
     if what == "base" and (family != "sd" or task == "controlnet"):
         asked = f"--model base --family {family} --task {task}"
         raise UserError(asked, "the demo's base is of sd, without room for a ControlNet", "take tiny or mid")
+    if compiled:
+        check_here("--compiled", kind(), "fp32")
     size, batch, steps = MODELS[what]
     work = Work(task, family, size, batch, steps)
     scripts = find(work, examples, recipe)
@@ -80,7 +86,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="sfumato-peers-") as scratch:
         place = Path(scratch)
         learns = world(place, what, work)
-        sides = entrants(place, work, scripts)
+        sides = entrants(place, work, scripts, compiled)
         seen: dict[str, list[Seen]] = {side.name: [] for side in sides}
         found: dict[str, Any] = {"format": 2, "model": what, **asdict(work), "parameters": learns}
         for number in range(rounds):

@@ -141,6 +141,13 @@ def test_every_side_is_asked_for_the_same(task: str, family: str, tmp_path: Path
         if ours.method.kind == "lora":
             assert (ours.method.rank, ours.method.targets) == (bare.RANK, bare.TARGETS)
 
+    compiled = entrants.entrants(tmp_path, work, Scripts(), compiled=True)
+    assert [one.name for one in compiled] == ["bare loop", "ours, cached", "ours, compiled", "ours, live"]
+    settings = [config.load(one.command[4], one.command[5:]) for one in compiled[1:]]
+    assert [(one.data.cache, one.engine.compile) for one in settings] == [
+        ("both", False), ("both", True), ("none", False)
+    ]  # fmt: skip
+
     told = json.loads(Path(sides[4].command[2].removeprefix("--cfg=")).read_text())
     assert told["train_micro_batch_size_per_gpu"] * told["gradient_accumulation_steps"] == 8
     assert told["use_lora"]["action"] == (task == "lora") and told["max_train_steps"] == 5
