@@ -49,6 +49,9 @@ group's weights, gradients and every state: its own billion would take 20 GB of 
 BUCKET = 50_000_000
 """Numbers of a gradient that are summed over the ranks at once, at stages 1 to 3. DeepSpeed makes room for
 all of them, also for a small model: its own 500 million take 1 to 2 GB of a card."""
+MOST_PIECES = 4
+"""Pieces of such a bucket, by the rank that owns them, that `engine/gradients.py` sends one by one: each goes
+through all ranks in turn, and the waits of many short ones would cost more than a sum on all ranks."""
 
 
 def autocast(config: Config) -> bool:

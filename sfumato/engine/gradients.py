@@ -5,6 +5,9 @@ whether it is finite, four for its norm, and three waits for the device. Here a 
 summed over the ranks (not at all by a single one), and added to the rank's part at once; one norm tells both
 how long the gradient is and whether it is finite, since no number that is not leaves a norm finite.
 
+A bucket's sum travels while the backward pass fills the next one, to the ranks that own its parameters
+alone: half of what a sum on all ranks sends.
+
 The host waits for that norm once a step, before a weight moves. It must know: a step that is not applied
 decides which batch comes next, what its learning rate is, and in fp16 the scale of the next loss.
 
@@ -30,6 +33,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
     DeepSpeedZeroOptimizer,
 )
 from torch import Tensor
+
+from sfumato.engine.ds_config import MOST_PIECES
 
 TESTED = ("0.19.8",)
 """The releases of DeepSpeed that this was written for; another one keeps its own way."""
@@ -84,6 +89,15 @@ class Flat(DeepSpeedZeroOptimizer):
         """For each group: the lengths of all cuts of its gradient, between parameters' there may be gaps."""
         self.open: dict[int, tuple[Tensor, ...]] = {}
         """The groups whose gradient has begun: its cuts."""
+        self.spots: list[dict[int, int]] = []
+        """For each group: a parameter's number -> where it lies in the flat weights of all ranks."""
+        self.travels: list[Any] = []
+        """What is under way of a bucket, to wait for; the rest of it below."""
+        self.names: list[tuple[int, int]] = []
+        self.parts: tuple[Tensor, ...] = ()
+        for params, whole in zip(self.bit16_groups, self.bit16_groups_flat, strict=True):
+            begin = whole.storage_offset()
+            self.spots.append({self.get_param_id(p): p.data.storage_offset() - begin for p in params})
         for group, params in enumerate(self.params_in_partition):
             rank = dist.get_rank(group=self.real_dp_process_group[group])
             starts, places = (
@@ -120,22 +134,63 @@ class Flat(DeepSpeedZeroOptimizer):
         bucket.elements += param.numel()
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
-        """Add the mean over the ranks of what is in the bucket to this rank's gradients, and empty it."""
+        """Send the bucket off to be summed, after the one before it has arrived, and empty it."""
         ((dtype, bucket),) = self.ipg_buckets.items()
+        self.arrive()
         if not bucket.params:
             return
-        parts = [gradient.reshape(-1) for gradient in bucket.grads]
+        # By their places, so that what one rank owns lies together.
+        order = sorted(range(len(bucket.params)), key=lambda n: self.place(bucket.params[n]))
+        names = [(bucket.params[n][0], bucket.params[n][2]) for n in order]
+        parts = [bucket.grads[n].reshape(-1) for n in order]
         world = dist.get_world_size(group=self.dp_process_group)
         if world > 1:
-            joined = torch.cat(parts).div_(world)
+            joined, lengths = torch.cat(parts).div_(world), [len(part) for part in parts]
             summed = joined.to(dtype)
-            dist.all_reduce(summed, group=self.dp_process_group)
-            parts = [*summed.split([len(part) for part in parts])]
-            self.let_go(bucket)
-            del joined, summed
-        self.keep([(group, number) for group, _, number in bucket.params], parts)
+            self.travels = self.sent(summed, self.pieces(names, lengths))
+            self.names, self.parts = names, summed.split(lengths)
+        else:
+            self.keep(names, parts)
+        del parts
         self.let_go(bucket)
         bucket.clear()
+
+    def place(self, param: tuple[int, int, int]) -> tuple[int, int]:
+        """Where a parameter of a bucket lies: its group, and its spot there."""
+        group, _, number = param
+        return group, self.spots[group][number]
+
+    def pieces(self, names: list[tuple[int, int]], lengths: list[int]) -> list[tuple[int, int]]:
+        """A bucket cut by owner: (rank, how many numbers), one after another."""
+        found: list[tuple[int, int]] = []
+        for (group, number), length in zip(names, lengths, strict=True):
+            size, at = int(self.partition_size[group]), self.spots[group][number]
+            end = at + length
+            while at < end:
+                owner = at // size
+                cut = min(end, (owner + 1) * size)
+                before = found.pop()[1] if found and found[-1][0] == owner else 0
+                found.append((owner, before + cut - at))
+                at = cut
+        return found
+
+    def sent(self, summed: Tensor, pieces: list[tuple[int, int]]) -> list[Any]:
+        """Have the ranks begin to sum a bucket in place, right at least where a piece is its owner's."""
+        group = self.dp_process_group
+        if len(pieces) > MOST_PIECES:
+            return [dist.all_reduce(summed, group=group, async_op=True)]
+        cut = summed.split([length for _, length in pieces])
+        return [
+            dist.reduce(piece, dist.get_global_rank(group, owner), group=group, async_op=True)
+            for (owner, _), piece in zip(pieces, cut, strict=True)
+        ]
+
+    def arrive(self) -> None:
+        """Add this rank's part of the bucket that is under way, if there is one, to its gradients."""
+        for travel in self.travels:
+            travel.wait()
+        self.keep(self.names, [*self.parts])
+        self.travels, self.names, self.parts = [], [], ()
 
     def let_go(self, bucket: Any) -> None:
         """Free the gradients of a bucket's parameters."""
@@ -171,6 +226,7 @@ class Flat(DeepSpeedZeroOptimizer):
     def independent_gradient_partition_epilogue(self) -> None:
         """End a micro-batch."""
         self.reduce_ipg_grads()
+        self.arrive()
         self.ready_for_gradients = False
         self._clear_param_grad_only()
         self._epilogue_ran_this_backward = True

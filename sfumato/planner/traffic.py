@@ -7,6 +7,7 @@ sum in shards (all-gather, reduce-scatter) (n - 1) / n (arXiv:1910.02054, sectio
 from dataclasses import dataclass
 
 from sfumato.config import Config
+from sfumato.engine.ds_config import BUCKET, MOST_PIECES
 from sfumato.engine.size import BYTES
 from sfumato.planner.ways import way_of
 
@@ -46,10 +47,10 @@ def traffic(config: Config, world: int, local: int, learns: int, beside: int) ->
 
     learns: how many numbers learn. beside: bytes of frozen weights that the engine holds and stage 3 cuts up.
 
-    Stages 1 and 2 sum gradients on all ranks, as DeepSpeed does unless use_multi_rank_bucket_allreduce is
-    off, and gather the weights after the step; stage 1 sums once a step, stage 2 for every micro-batch. Stage
-    3 gathers all weights forward and backward, and sums gradients in shards, for every micro-batch; with
-    zero_hpz_partition_size the backward pass gathers among so many ranks only (arXiv:2306.10209).
+    Stages 1 and 2 sum gradients, once a step at stage 1 and for every micro-batch at stage 2, and gather the
+    weights after the step. Stage 3 gathers all weights forward and backward, and sums gradients in shards,
+    for every micro-batch; with zero_hpz_partition_size the backward pass gathers among so many ranks only
+    (arXiv:2306.10209).
     """
     engine, times = config.engine, config.accumulation(world)
     stage = engine.zero_stage
@@ -59,8 +60,7 @@ def traffic(config: Config, world: int, local: int, learns: int, beside: int) ->
     if stage == 0:
         return exchange(learns * size, 2, world, local)
     if stage < 3:
-        whole = theirs.get("use_multi_rank_bucket_allreduce", True)
-        sums = exchange(learns * summed, 2 if whole else 1, world, local)
+        sums = exchange(learns * summed, 1 if to_owners(config, world, learns) else 2, world, local)
         sent = repeated(sums, times if stage == 2 else 1) + exchange(learns * size, 1, world, local)
     else:
         weights = learns * size + beside
@@ -70,6 +70,23 @@ def traffic(config: Config, world: int, local: int, learns: int, beside: int) ->
         again = exchange(weights, 1, few, local) if few > 1 else gather
         sent = repeated(gather + again, times) + sums
     return sent + Traffic(0, 0, moved(config, world, learns, beside))
+
+
+def to_owners(config: Config, world: int, learns: int) -> bool:
+    """Whether stage 1 or 2 sums a gradient for the rank that owns it alone, and not on all ranks.
+
+    `engine/gradients.py` does while a bucket has few owners; what it leaves to DeepSpeed goes to all unless
+    use_multi_rank_bucket_allreduce is off.
+    """
+    engine = config.engine
+    theirs = engine.deepspeed.get("zero_optimization", {})
+    if not theirs.get("use_multi_rank_bucket_allreduce", True):
+        return True
+    low = engine.zero_stage == 1 and engine.precision != "fp32" and config.accumulation(world) > 1
+    if low or engine.offload_optimizer != "none" or theirs.get("overlap_comm"):
+        return False
+    bucket, own = min(theirs.get("reduce_bucket_size", BUCKET), learns), -(-learns // world)
+    return min(world, -(-bucket // own) + 1) <= MOST_PIECES
 
 
 def moved(config: Config, world: int, learns: int, beside: int) -> int:

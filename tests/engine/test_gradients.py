@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,9 +41,51 @@ def without_the_last(self: Any, to: list[Tensor], of: list[Tensor]) -> None:
     torch._foreach_add_(to[:-1], of[:-1]) if to[1:] else None
 
 
+def events(at_once: bool) -> list[str]:
+    """What happens in a backward pass of many buckets: "gradient" ready, bucket "sent", "arrived"."""
+    seen: list[str] = []
+    take, send, arrive = (
+        Flat.reduce_independent_p_g_buckets_and_remove_grads, Flat.sent, Flat.arrive
+    )  # fmt: skip
+
+    def taken(self: Any, *told: Any) -> None:
+        take(self, *told)
+        seen.append("gradient")
+
+    def sent(self: Any, *told: Any) -> list[Any]:
+        seen.append("sent")
+        travels = send(self, *told)
+        if at_once:
+            seen.append("arrived")
+        return travels
+
+    def arrived(self: Any) -> None:
+        if self.travels and not at_once:
+            seen.append("arrived")
+        arrive(self)
+
+    with (
+        replaced(Flat, "reduce_independent_p_g_buckets_and_remove_grads", taken),
+        replaced(Flat, "sent", sent),
+        replaced(Flat, "arrive", arrived),
+    ):
+        toys.run(toys.config(**CELLS["2 bf16"]), 1)
+    return seen
+
+
+def travels_meanwhile(seen: list[str]) -> bool:
+    """Whether every bucket but the last travels while gradients of the next one become ready."""
+    text = " ".join(seen)
+    count = text.count("sent")
+    return count > 3 and text.count("arrived") == count and text.count("sent gradient") == count - 1
+
+
 def found() -> Result:
     """All that is asked of real ranks, in one start of theirs."""
     told: Result = {"ours": {cell: steps(cell) for cell in CELLS}}
+    with replaced(gradients, "MOST_PIECES", 0):
+        told["on all ranks"] = {cell: steps(cell) for cell in CELLS}
+    told["events"] = [events(at_once=False), events(at_once=True)]
     with replaced(gradients, "take_over", lambda engine: False):
         told["theirs"] = {cell: steps(cell) for cell in CELLS}
     with replaced(Flat, "add", without_the_last):
@@ -81,6 +124,24 @@ def same(one: Callable[[Result], Result], other: Callable[[Result], Result]) -> 
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_and_states_are_deepspeeds_own(cell: str) -> None:
     assert same(lambda rank: rank["ours"][cell], lambda rank: rank["theirs"][cell])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_sum_on_all_ranks_is_that_of_the_owner(cell: str) -> None:
+    assert same(lambda rank: rank["on all ranks"][cell], lambda rank: rank["ours"][cell])
+
+
+def test_a_bucket_travels_while_the_next_one_is_filled() -> None:
+    """Broken beside it: one that is waited for at once."""
+    for rank in ranks():
+        assert [travels_meanwhile(seen) for seen in rank["events"]] == [True, False], rank["events"]
+
+
+def test_a_bucket_is_cut_where_its_owners_change() -> None:
+    zero: Any = SimpleNamespace(partition_size=[10, 4], spots=[{1: 0, 2: 7, 3: 12}, {4: 2, 5: 4}])
+    names, lengths = [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5)], [7, 5, 8, 2, 4]
+    assert Flat.pieces(zero, names, lengths) == [(0, 10), (1, 10), (0, 2), (1, 4)]
+    assert Flat.pieces(zero, names[:1], [25]) == [(0, 10), (1, 10), (2, 5)]
 
 
 def test_catches_a_gradient_that_is_left_out() -> None:

@@ -189,7 +189,7 @@ def watched(engine: Engine, samples: dict[str, list[Count]]) -> Iterator[None]:
         for p in engine.parameters()
         if p.requires_grad
     ]
-    kept = [before(dist, "all_reduce", "backward")]
+    kept = [before(dist, "all_reduce", "backward"), before(dist, "reduce", "backward")]
     kept.append(before(coalesced_collectives, "_torch_reduce_scatter_fn", "backward"))
     if hasattr(zero, "add"):
         kept.append(before(zero, "add", "backward"))
