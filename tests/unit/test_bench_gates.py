@@ -149,5 +149,6 @@ def test_views_and_allocations_are_no_operators() -> None:
     aten = torch.ops.aten
     for quiet in (aten.view.default, aten.t.default, aten.split.Tensor, aten.empty.memory_format):
         assert not computes(quiet)
+    assert not computes(torch.ops.profiler._record_function_enter_new.default)
     for busy in (aten.mm.default, aten.copy_.default, aten._foreach_add_.Scalar, aten._to_copy.default):
         assert computes(busy)

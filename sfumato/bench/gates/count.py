@@ -162,9 +162,9 @@ def whole_backward(loss: Tensor, gradient: Tensor | None = None, **options: Any)
 
 @lru_cache(None)
 def computes(func: Any) -> bool:
-    """Whether a call of the dispatcher makes or changes numbers."""
+    """Whether a call of the dispatcher makes or changes numbers; a profiler's marks do not."""
     schema = func._schema
-    if schema.name.removeprefix("aten::").startswith(ALLOCATIONS):
+    if schema.name.startswith("profiler::") or schema.name.removeprefix("aten::").startswith(ALLOCATIONS):
         return False
     aliases = [end.alias_info for end in schema.returns if end.alias_info is not None]
     return not aliases or any(alias.is_write for alias in aliases)
