@@ -41,8 +41,19 @@ def all_reduce(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[T
     return mine, summed(parts), parts
 
 
+def reduce(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """This rank's part of the sum; each goes to its owner alone, all at the same time."""
+    share = max(8, COUNT // place.world)
+    pieces = given(place.rank, share * place.world, dtype).to(place.device).split(share)
+    for travel in [dist.reduce(piece, owner, async_op=True) for owner, piece in enumerate(pieces)]:
+        travel.wait()
+    own = slice(place.rank * share, (place.rank + 1) * share)
+    parts = [exact(given(rank, share * place.world, dtype))[own] for rank in range(place.world)]
+    return pieces[place.rank], summed(parts), parts
+
+
 def reduce_scatter(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The same of this rank's part of the sum."""
+    """This rank's part of the sum, cut up as it is summed."""
     share = max(8, COUNT // place.world)
     mine = given(place.rank, share * place.world, dtype).to(place.device)
     part = torch.empty(share, dtype=dtype, device=place.device)
@@ -76,6 +87,7 @@ def broadcast(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Te
 
 OPERATIONS: dict[str, Callable[[Ranks, torch.dtype], tuple[Tensor, Tensor, list[Tensor]]]] = {
     "all-reduce": all_reduce,
+    "reduce": reduce,
     "reduce-scatter": reduce_scatter,
     "all-gather": all_gather,
     "broadcast": broadcast,

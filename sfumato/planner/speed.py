@@ -42,7 +42,7 @@ class Speed:
 
     @property
     def step(self) -> float:
-        """Seconds of all of it, one after another: DeepSpeed's exchange is not overlapped here."""
+        """Seconds of all of it, one after another; at most, for gradients travel beneath a backward pass."""
         return self.compute + self.encode + self.exchange + self.host + self.optimizer
 
     @property
