@@ -19,6 +19,7 @@ from sfumato.data.batch import Batch
 from sfumato.methods import Method
 from sfumato.models.folder import Facts
 from sfumato.models.loading import DTYPES, held_parts, peft_library, quiet
+from sfumato.models.unscaled import scale
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LR, CLIP = 1e-5, 1.0
@@ -39,6 +40,8 @@ class Example:
             self.unet: Any = self.family.build_denoiser()
             parts = method.build() if self.kind == "controlnet" else None
             self.control: Any = None if parts is None else parts["controlnet"]
+        if self.control is not None:
+            scale(self.control)
         self.adapt()
         learning: Any = self.control if self.control is not None else self.unet
         if config.engine.gradient_checkpointing:

@@ -46,3 +46,11 @@ def unscale(net: nn.Module) -> None:
         for factor in FACTORS:
             if vars(module).get(factor) == 1:
                 setattr(module, factor, ONE)
+
+
+def scale(net: nn.Module) -> None:
+    """Undo `unscale`: divide by 1 as diffusers does."""
+    for module in net.modules():
+        for factor in FACTORS:
+            if vars(module).get(factor) is ONE:
+                setattr(module, factor, 1.0)

@@ -16,7 +16,7 @@ from sfumato import models
 from sfumato.bench.gates.count import computes
 from sfumato.models import unscaled
 from sfumato.models.denoiser import prepare
-from sfumato.models.unscaled import FACTORS, ONE, unscale
+from sfumato.models.unscaled import FACTORS, ONE, scale, unscale
 from tests.unit.twins import batch_of, family
 
 FAMILIES = models.families()
@@ -56,6 +56,9 @@ def check_same(net: nn.Module, *inputs: Tensor) -> None:
     without, after = step_of(net, *inputs)
     assert all(torch.equal(one, other) for one, other in zip(with_them, without, strict=True))
     assert before - after == {"aten::div": 2 * divided(net)} and not after - before
+    scale(net)
+    assert step_of(net, *inputs)[1] == before
+    unscale(net)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -17,6 +17,8 @@ from sfumato.engine.ranks import Ranks
 from sfumato.methods import Method
 from sfumato.models.family import Family
 from sfumato.models.folder import Facts
+from sfumato.models.loading import held_parts
+from sfumato.models.unscaled import scale
 from sfumato.objective import Objective
 from sfumato.planner.trace import trace
 
@@ -118,6 +120,8 @@ def count_example(config: Config, facts: Facts, size: tuple[int, int]) -> Counts
     with on_paper(1, counting.kernels, counting.wait), counting, counting.kernels:
         method = method_of(config, facts, PAPER)
         example = Example(config, facts, method, PAPER)
+        if held_parts(config)[0]:
+            scale(method.family.vae)  # nobody else's here
         batch = batch_of(config, method.family, size, config.micro_batch_size, zeros)
         for _ in range(2):
             counting.begin()
