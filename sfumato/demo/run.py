@@ -51,7 +51,7 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     images = output / "demo" / "images-openmoji"
     emoji.write_images("openmoji", images, codes=emoji.tuning())
     wishes = [f"output={output}", f"model.weights={base}", f"data.source={images}"]
-    wishes = [*cut(), *wishes, f"data.store={output / 'demo' / 'cache'}", *overrides]
+    wishes = [*suited(), *wishes, f"data.store={output / 'demo' / 'cache'}", *overrides]
     settings = config.load(SETTINGS, wishes)
     held = {code: emoji.concepts()[code] for code in emoji.held_out()}
     print(f"The base draws {len(held)} concepts, as it learned them in the style of Noto ...")
@@ -66,7 +66,7 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     return result
 
 
-def cut() -> list[str]:
+def suited() -> list[str]:
     """The settings that suit this machine: a rank for every core of a CPU, and numbers that the CPU knows."""
     settings = [f"micro_batch_size={config.load(SETTINGS).batch_size // ranks()}"]
     known = has_accelerator(os.environ) or has_bf16()

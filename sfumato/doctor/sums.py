@@ -41,25 +41,28 @@ def all_reduce(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[T
     return mine, summed(parts), parts
 
 
+def in_shares(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """What this rank gives to a sum of which each rank gets an equal share, and what all give to its own."""
+    share = max(8, COUNT // place.world)
+    given_by = [given(rank, share * place.world, dtype) for rank in range(place.world)]
+    own = slice(place.rank * share, (place.rank + 1) * share)
+    return given_by[place.rank].to(place.device), [exact(part)[own] for part in given_by]
+
+
 def reduce(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
     """This rank's part of the sum; each goes to its owner alone, all at the same time."""
-    share = max(8, COUNT // place.world)
-    pieces = given(place.rank, share * place.world, dtype).to(place.device).split(share)
+    mine, parts = in_shares(place, dtype)
+    pieces = mine.chunk(place.world)
     for travel in [dist.reduce(piece, owner, async_op=True) for owner, piece in enumerate(pieces)]:
         travel.wait()
-    own = slice(place.rank * share, (place.rank + 1) * share)
-    parts = [exact(given(rank, share * place.world, dtype))[own] for rank in range(place.world)]
     return pieces[place.rank], summed(parts), parts
 
 
 def reduce_scatter(place: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
     """This rank's part of the sum, cut up as it is summed."""
-    share = max(8, COUNT // place.world)
-    mine = given(place.rank, share * place.world, dtype).to(place.device)
-    part = torch.empty(share, dtype=dtype, device=place.device)
+    mine, parts = in_shares(place, dtype)
+    part = torch.empty(len(parts[0]), dtype=dtype, device=place.device)
     dist.reduce_scatter_fn(part, mine)
-    own = slice(place.rank * share, (place.rank + 1) * share)
-    parts = [exact(given(rank, share * place.world, dtype))[own] for rank in range(place.world)]
     return part, summed(parts), parts
 
 

@@ -53,7 +53,7 @@ def test_the_shipped_weights_fit_in_20_mb() -> None:
 def test_the_batch_is_cut_among_all_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: range(ranks + ranks % 2))
     monkeypatch.setattr(run, "has_accelerator", lambda _: ranks == 1)
-    settings = config.load(SETTINGS, run.cut())
+    settings = config.load(SETTINGS, run.suited())
     assert run.ranks() == ranks and settings.micro_batch_size * ranks == settings.batch_size
 
 
@@ -61,7 +61,7 @@ def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> N
     for accelerator, bf16 in product((True, False), (True, False)):
         monkeypatch.setattr(run, "has_accelerator", lambda _, found=accelerator: found)
         monkeypatch.setattr(run, "has_bf16", lambda found=bf16: found)
-        precision = config.load(SETTINGS, run.cut()).engine.precision
+        precision = config.load(SETTINGS, run.suited()).engine.precision
         assert precision == ("bf16" if accelerator or bf16 else "fp32")
 
 
