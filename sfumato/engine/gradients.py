@@ -18,7 +18,7 @@ masters and states stays its own, and whatever `fits` does not know is left to i
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -76,6 +76,14 @@ def fits(zero: Any) -> bool:
     )
 
 
+class Travel(NamedTuple):
+    """A bucket that is being summed: what to wait for, its parameters (group, number), their gradients."""
+
+    pieces: list[Any]
+    names: list[tuple[int, int]]
+    parts: list[Tensor]
+
+
 class Flat(DeepSpeedZeroOptimizer):
     """DeepSpeed's optimizer, where a group of one learning rate has one gradient on a rank."""
 
@@ -91,10 +99,8 @@ class Flat(DeepSpeedZeroOptimizer):
         """The groups whose gradient has begun: its cuts."""
         self.spots: list[dict[int, int]] = []
         """For each group: a parameter's number -> where it lies in the flat weights of all ranks."""
-        self.travels: list[Any] = []
-        """What is under way of a bucket, to wait for; the rest of it below."""
-        self.names: list[tuple[int, int]] = []
-        self.parts: tuple[Tensor, ...] = ()
+        self.under_way: Travel | None = None
+        """The bucket that is being summed."""
         for params, whole in zip(self.bit16_groups, self.bit16_groups_flat, strict=True):
             begin = whole.storage_offset()
             self.spots.append({self.get_param_id(p): p.data.storage_offset() - begin for p in params})
@@ -147,8 +153,9 @@ class Flat(DeepSpeedZeroOptimizer):
         if world > 1:
             joined, lengths = torch.cat(parts).div_(world), [len(part) for part in parts]
             summed = joined.to(dtype)
-            self.travels = self.sent(summed, self.pieces(names, lengths))
-            self.names, self.parts = names, summed.split(lengths)
+            self.under_way = Travel(
+                self.sent(summed, self.pieces(names, lengths)), names, [*summed.split(lengths)]
+            )
         else:
             self.keep(names, parts)
         del parts
@@ -187,10 +194,12 @@ class Flat(DeepSpeedZeroOptimizer):
 
     def arrive(self) -> None:
         """Add this rank's part of the bucket that is under way, if there is one, to its gradients."""
-        for travel in self.travels:
-            travel.wait()
-        self.keep(self.names, [*self.parts])
-        self.travels, self.names, self.parts = [], [], ()
+        if self.under_way is None:
+            return
+        travel, self.under_way = self.under_way, None
+        for piece in travel.pieces:
+            piece.wait()
+        self.keep(travel.names, travel.parts)
 
     def let_go(self, bucket: Any) -> None:
         """Free the gradients of a bucket's parameters."""

@@ -60,7 +60,7 @@ def events(at_once: bool) -> list[str]:
         return travels
 
     def arrived(self: Any) -> None:
-        if self.travels and not at_once:
+        if self.under_way is not None and not at_once:
             seen.append("arrived")
         arrive(self)
 
