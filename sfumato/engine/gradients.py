@@ -101,22 +101,20 @@ class Flat(DeepSpeedZeroOptimizer):
         """For each group: a parameter's number -> where it lies in the flat weights of all ranks."""
         self.under_way: Travel | None = None
         """The bucket that is being summed."""
-        for params, whole in zip(self.bit16_groups, self.bit16_groups_flat, strict=True):
-            begin = whole.storage_offset()
+        for group, (params, whole) in enumerate(zip(self.bit16_groups, self.bit16_groups_flat, strict=True)):
+            begin, size = whole.storage_offset(), int(self.partition_size[group])
             self.spots.append({self.get_param_id(p): p.data.storage_offset() - begin for p in params})
-        for group, params in enumerate(self.params_in_partition):
-            rank = dist.get_rank(group=self.real_dp_process_group[group])
-            starts, places = (
-                self.grad_start_offset[group][rank],
-                self.grad_partition_insertion_offset[group][rank],
-            )
-            size, end = int(self.partition_size[group]), 0
+            first, end = size * dist.get_rank(group=self.real_dp_process_group[group]), 0
             rooms, cuts = dict[int, tuple[int, int]](), list[int]()
-            for number, numel in ((self.get_param_id(param), param.numel()) for param in params):
-                start, place = int(starts[number]), int(places[number])
+            for param in params:
+                number = self.get_param_id(param)
+                start = max(0, first - self.spots[group][number])
+                place = self.spots[group][number] + start - first
+                if start >= param.numel() or place >= size:
+                    continue
                 cuts += [place - end] if place > end else []
                 rooms[number] = start, len(cuts)
-                cuts.append(min(numel - start, size - place))
+                cuts.append(min(param.numel() - start, size - place))
                 end = place + cuts[-1]
             self.rooms.append(rooms)
             self.cuts.append([*cuts, size - end])
