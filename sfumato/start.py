@@ -1,5 +1,6 @@
 """What a run and a cache begin with: the ranks, the plan that they share, and the model's family."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -7,14 +8,18 @@ import torch.distributed as dist
 
 from sfumato import models, prior
 from sfumato.check import Plan, check, slow_numbers
-from sfumato.config import Config
+from sfumato.config import FASTEST, Config
 from sfumato.engine import ranks
+from sfumato.engine.checkpoint import Saved
 from sfumato.engine.offload import host_memory
 from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
+from sfumato.models.attention import Kernels, try_kernels
 from sfumato.models.family import Family
-from sfumato.models.loading import frozen_dtypes, held_parts
+from sfumato.models.fastest import bare, fastest
+from sfumato.models.loading import DTYPES, frozen_dtypes, held_parts
 from sfumato.prior.fill import fill
+from sfumato.run import together
 from sfumato.watch import MARGIN
 
 
@@ -91,3 +96,39 @@ def with_class_images(config: Config, place: Ranks) -> Config:
 def load_family(config: Config, place: Ranks) -> Family:
     """The model's family, with the frozen parts that encode while training."""
     return models.load(config.model, place.device, *frozen_dtypes(config), *held_parts(config))
+
+
+def with_kernels(config: Config, plan: Plan, place: Ranks, saved: Saved | None) -> Config:
+    """The config with attention kernels that can train here: those it names, or the fastest ones.
+
+    Which are the fastest is a matter of timing, and each rounds in its own way: a run that goes on keeps what
+    it chose at its start, where that still works. The first rank chooses for all; each tries what was chosen.
+    """
+    asked, dtype = config.engine.attention, DTYPES[config.engine.precision]
+    if asked is None:
+        return config
+    net = bare(plan.facts)
+
+    def tried(kernels: Kernels) -> Kernels:
+        together(place, lambda: try_kernels(kernels, net, place.device, dtype))
+        return kernels
+
+    if asked != FASTEST:
+        tried(asked)
+        return config
+    before = None if saved is None else saved.state["config"]["engine"].get("attention")
+    if isinstance(before, dict):
+        with contextlib.suppress(UserError):
+            return with_attention(config, tried(before))
+    sizes = plan.cells.sizes
+    found = together(
+        place, lambda: fastest(config, plan.facts, sizes, place.device) if place.first else None
+    )[0]
+    if place.first:
+        print(found)
+    return with_attention(config, tried(found.kernels))
+
+
+def with_attention(config: Config, kernels: Kernels) -> Config:
+    """The config with these attention kernels."""
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"attention": kernels})})

@@ -24,7 +24,6 @@ from sfumato.export import export, inside
 from sfumato.methods import Method
 from sfumato.mishaps import Mishaps
 from sfumato.models.family import Family
-from sfumato.models.loading import DTYPES
 from sfumato.objective import Objective
 from sfumato.previews import Previews
 from sfumato.report import tally
@@ -50,12 +49,11 @@ def train(config: Config) -> Path:
         held.enter_context(run.alone(config.folder, place))
         saved = run.latest(config, plan.fingerprint, place, print)
         starts = held.enter_context(accounted(config, place, began, saved.step if saved else 0))
+        config = start.with_kernels(config, plan, place, saved)
         if place.first:
             run.write_records(config, place.world, str(place.device), plan.index)
         family = start.load_family(config, place)
         cached = fill(config, plan.index, plan.cells, family, place) if config.data.cache != "none" else None
-        if config.engine.attention is not None:
-            family.try_attention(config.engine.attention, DTYPES[config.engine.precision])
         method = methods.build(config, family)
         objective = Objective(config.objective, family.scheduler_config)
         points = Points.of(config, plan.held, plan.cells, method, cached, place)

@@ -16,6 +16,7 @@ from sfumato import prior
 from sfumato.check.looks import looks
 from sfumato.check.rules import (
     IMAGES,
+    check_attention,
     check_compile,
     check_conditions,
     check_folder,
@@ -160,7 +161,7 @@ def check(
     data, missing = config.data, list[int]()
     with noted(faults):
         steps = config.accumulation(world)
-    for rule in (check_precision, check_compile):
+    for rule in (check_precision, check_attention, check_compile):
         with noted(faults):
             rule(config, accelerator)
     faults += deepspeed_faults(config.engine.deepspeed)

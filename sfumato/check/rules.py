@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sfumato.config import Config, Data
+from sfumato.config import FASTEST, Config, Data
 from sfumato.data.index import Index
 from sfumato.engine.ds_config import SUB_GROUP
 from sfumato.engine.offload import check_disk, host_memory
@@ -117,6 +117,25 @@ def slow_numbers(config: Config, accelerator: str) -> str | None:
     if accelerator != "cpu" or config.engine.precision != "bf16" or has_bf16():
         return None
     return "this CPU has no arithmetic for bf16: engine.precision=fp32 takes less time here"
+
+
+def check_attention(config: Config, _: str) -> None:
+    """Raise UserError for an attention backend that nobody knows; what works is tried where it trains."""
+    asked = config.engine.attention
+    if not asked:
+        return
+    from sfumato.models.attention import backends, known  # diffusers takes a second
+
+    names = [FASTEST, *sorted(known())]
+    for name in backends(asked):
+        if name not in names:
+            do = f"take one of {', '.join(names)}; sfumato doctor tells which can train on a machine"
+            raise UserError(f'engine.attention = "{name}"', "diffusers knows no such attention backend", do)
+        if name == FASTEST and not isinstance(asked, str):
+            do = 'set engine.attention = "fastest" for all of them'
+            raise UserError(
+                'engine.attention with "fastest" for one kind of layer', "it is for all or none", do
+            )
 
 
 def check_compile(config: Config, accelerator: str) -> None:

@@ -12,6 +12,7 @@ from sfumato.config.reading import PRESETS, find, load, parse
 from sfumato.config.run import Config
 from sfumato.config.section import Section
 from sfumato.config.training import (
+    FASTEST,
     BadNumbers,
     Checkpoint,
     Ema,
@@ -36,6 +37,7 @@ __all__ = [
     "Ema",
     "Engine",
     "Export",
+    "FASTEST",
     "Fp16",
     "Full",
     "Layout",

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 
 from sfumato.config.section import Section
 
+FASTEST = "fastest"
+"""engine.attention: what is the fastest for each kind of layer, timed as a run starts (models/fastest.py)."""
+
 
 class Optimizer(Section):
     """How the weights move. Everything here counts applied optimizer steps."""
@@ -79,8 +82,10 @@ class Engine(Section):
     auto: bool = False
     """Let `sfumato plan` choose at each start what is not set here of zero_stage, offload_optimizer,
     offload_parameters and gradient_checkpointing, and micro_batch_size. `engine = "auto"` says the same."""
-    attention: str | None = None
-    """A diffusers attention backend such as "native", "flash" or "_native_npu"; unset: diffusers chooses."""
+    attention: str | dict[str, str] | None = None
+    """A diffusers attention backend such as "native", "flash" or "_native_npu", or a table of them by kind of
+    layer, such as "down_blocks.1.attn2". "fastest": what a start of the run finds by timing, which the run
+    then keeps. Unset, and for layers that are not named: torch chooses."""
     fp16: Fp16 = Fp16()
     """Loss scaling."""
     timeout: float = Field(1800, gt=0)

@@ -1,18 +1,19 @@
 """Which of diffusers' attention backends can train here, and how long they take for a config's shapes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName
 
-from sfumato.config import Config
-from sfumato.device import synchronize
+from sfumato.config import FASTEST, Config
 from sfumato.doctor import twin
 from sfumato.doctor.lines import Line, bad, good
 from sfumato.errors import UserError
-from sfumato.models.attention import fault, probe
+from sfumato.models.attention import backends, fault, probe
+from sfumato.models.fastest import USUAL, Work, timed
 from sfumato.models.folder import Facts
 from sfumato.models.loading import DTYPES
 
@@ -21,9 +22,6 @@ KNOWN = {"sdxl": (64, 10, 64, 1024), "sd": (64, 8, 40, 512)}
 side of the picture in pixels."""
 MOST = {"cpu": 1024, "other": 2**14}
 """Tokens beyond which timing takes too long, or native arithmetic too much memory."""
-TIMES, SECONDS = 5, 2.0
-USUAL = "native"
-"""What is taken where no backend is asked for: torch's scaled_dot_product_attention."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,10 @@ def measure(
     dtype, shape = DTYPES[precision], shape_of(config, family, facts)
     most = MOST["cpu" if device.type == "cpu" else "other"]
     tokens = min(shape.tokens, most)
-    asked = (config.engine.attention if config is not None else None) or USUAL
+    said = (config.engine.attention if config is not None else None) or USUAL
+    asked = [USUAL] if said == FASTEST else backends(said)
     names = [USUAL, *sorted(member.value for member in AttentionBackendName if member.value != USUAL)]
-    names.sort(key=lambda name: name not in (USUAL, asked))
+    names.sort(key=lambda name: name not in (USUAL, *asked))
     works, fails, untimed = {}, {}, []
     end = time.monotonic() + seconds
     for name in names:
@@ -74,44 +73,33 @@ def measure(
         if time.monotonic() > end:
             untimed.append(name)
             continue
-        works[name] = timed(name, Shape(tokens, shape.heads, shape.width), dtype, device)
-    return [verdict(asked, works, fails, untimed, f"{precision}, {tokens} tokens").plain()]
-
-
-def timed(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of a forward and backward pass, the best of a few."""
-    size = (1, shape.tokens, shape.heads, shape.width)
-    parts = [torch.randn(size, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
-    best, end = float("inf"), time.monotonic() + SECONDS
-    for number in range(TIMES + 1):
-        synchronize(device)
-        began = time.perf_counter()
-        dispatch_attention_fn(*parts, backend=AttentionBackendName(name)).sum().backward()
-        synchronize(device)
-        if number:  # the first one makes ready
-            best = min(best, time.perf_counter() - began)
-        if number and time.monotonic() > end:
-            break
-    return best
+        works[name] = timed(name, Work(1, tokens, tokens, shape.heads, shape.width), device, dtype)
+    taken = "for each kind of layer the fastest" if said == FASTEST else ", ".join(asked)
+    return [verdict(asked, taken, works, fails, untimed, f"{precision}, {tokens} tokens").plain()]
 
 
 def verdict(
-    asked: str, works: dict[str, float], fails: dict[str, str], untimed: list[str], what: str
+    asked: Sequence[str],
+    taken: str,
+    works: dict[str, float],
+    fails: dict[str, str],
+    untimed: list[str],
+    what: str,
 ) -> Line:
     """What is said of them."""
     order = sorted(works, key=lambda name: works[name])
     shown = ", ".join(f"{name} {works[name] * 1e3:.1f} ms" for name in order)
-    text = f"{shown} ({what}, forward and backward); taken: {asked}"
+    text = f"{shown} ({what}, forward and backward); taken: {taken}"
     if untimed:
         text += f"; work too, not timed: {', '.join(untimed)}"
     if fails:
         text += f"; of no use for training here: {', '.join(fails)}"
     figures = {"seconds": works, "fails": fails}
-    if asked not in works and asked not in untimed:
-        why = fails.get(asked) or fault(asked) or "it does not work"
-        return bad(
-            "attention", f"{asked}: {why}", f"set engine.attention to one of {', '.join(order)}", **figures
-        )
+    for name in asked:
+        if name not in works and name not in untimed:
+            why = fails.get(name) or fault(name) or "it does not work"
+            do = f"set engine.attention to one of {', '.join(order)}"
+            return bad("attention", f"{name}: {why}", do, **figures)
     return good("attention", text, **figures)
 
 

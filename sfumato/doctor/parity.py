@@ -72,7 +72,11 @@ def described(config: Config, world: int, batch: Sequence[int], toy: bool) -> st
         checkpointing,
         "compiled" if engine.compile else "",
         f"optimizer on {waits}" if waits != "none" else "",
-        engine.attention or "",
+        engine.attention
+        if isinstance(engine.attention, str)
+        else "attention by layers"
+        if engine.attention
+        else "",
         "own DeepSpeed keys" if engine.deepspeed else "",
         "clipped" if config.optimizer.max_grad_norm else "",
     ]

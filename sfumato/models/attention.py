@@ -5,6 +5,8 @@ there the call changes nothing and says nothing; so a UNet gets a processor of o
 dispatcher.
 """
 
+from collections.abc import Mapping
+
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -19,6 +21,8 @@ from sfumato.models import npu_masks
 from sfumato.models.loading import quiet
 
 NPU = "_native_npu"
+Kernels = str | Mapping[str, str]
+"""A backend for all layers, or for each kind of layer (`kind_of`); others have torch's own choice."""
 
 
 class DispatchedAttention:
@@ -50,29 +54,68 @@ class DispatchedAttention:
         return attn.to_out[1](attn.to_out[0](mixed.flatten(2).to(query.dtype)))
 
 
-def set_attention(net: nn.Module, backend: str) -> None:
-    """Let a diffusers model compute attention with the named backend.
+def kind_of(layer: str) -> str:
+    """A layer of attention's name -> the kind whose layers compute one shape, as "down_blocks.1.attn2"."""
+    parts = layer.split(".")
+    return ".".join([*parts[: 1 if parts[0] == "mid_block" else 2], parts[-1]])
 
-    Raises UserError when diffusers does not know the name or cannot use it here, and lists what it can.
+
+def layers_of(net: nn.Module) -> dict[str, Attention]:
+    """A U-Net's or ControlNet's layers of attention, by their names."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, Attention)}
+
+
+def backends(kernels: Kernels) -> list[str]:
+    """The backends that are named."""
+    return [kernels] if isinstance(kernels, str) else sorted(set(kernels.values()))
+
+
+def set_attention(net: nn.Module, kernels: Kernels) -> None:
+    """Let a diffusers model compute attention with the named backends.
+
+    Raises UserError when diffusers does not know a name or cannot use it here, and lists what it can.
     """
-    usable = [name for name in (member.value for member in AttentionBackendName) if fault(name) is None]
-    if (reason := fault(backend)) is not None:
-        raise UserError(
-            f'engine.attention = "{backend}"',
-            reason,
-            f"choose one that works here: {', '.join(sorted(usable))}",
-        )
-    if backend == NPU:
-        npu_masks.mend()
-    layers = [module for module in net.modules() if isinstance(module, Attention)]
-    for layer in layers:
+    for backend in backends(kernels):
+        if (reason := fault(backend)) is not None:
+            usable = sorted(name for name in known() if fault(name) is None)
+            do = f"choose one that works here: {', '.join(usable)}"
+            raise UserError(f'engine.attention = "{backend}"', reason, do)
+        if backend == NPU:
+            npu_masks.mend()
+    layers = layers_of(net)
+    for name, layer in layers.items():
         assert type(layer.processor) in (AttnProcessor2_0, DispatchedAttention) and plain(layer), (
             f"{type(net).__name__} has attention of a kind that is not rewritten: {layer.processor}"
         )
-        layer.set_processor(DispatchedAttention(backend))
-    if not layers:
+        chosen = kernels if isinstance(kernels, str) else kernels.get(kind_of(name))
+        if chosen is not None:
+            layer.set_processor(DispatchedAttention(chosen))
+    if not layers and isinstance(kernels, str):
         with quiet():
-            net.set_attention_backend(backend)  # type: ignore[operator]
+            net.set_attention_backend(kernels)  # type: ignore[operator]
+
+
+def try_kernels(kernels: Kernels, net: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Run each backend once for every width of head that it is for; UserError if it cannot train here.
+
+    Raises UserError, too, for kinds of layers that the model does not have.
+    """
+    layers = layers_of(net)
+    kinds = {kind_of(name) for name in layers}
+    if not isinstance(kernels, str) and (unknown := sorted(set(kernels) - kinds)):
+        do = f"its kinds are {', '.join(sorted(kinds))}"
+        raise UserError(f"engine.attention for {', '.join(unknown)}", "the model has no such layers", do)
+    wanted = {
+        (kernels if isinstance(kernels, str) else kernels.get(kind_of(name)), layer.inner_dim // layer.heads)
+        for name, layer in layers.items()
+    }
+    for backend, width in sorted((backend, width) for backend, width in wanted if backend is not None):
+        probe(backend, device, dtype, width)
+
+
+def known() -> list[str]:
+    """The names of diffusers' backends."""
+    return [member.value for member in AttentionBackendName]
 
 
 def plain(layer: Attention) -> bool:
@@ -83,7 +126,7 @@ def plain(layer: Attention) -> bool:
 
 def fault(backend: str) -> str | None:
     """Why diffusers cannot use a backend on this machine; None if it can."""
-    if backend not in {member.value for member in AttentionBackendName}:
+    if backend not in known():
         return "diffusers knows no such attention backend"
     try:
         _check_attention_backend_requirements(AttentionBackendName(backend))

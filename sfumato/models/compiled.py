@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfumato.device import COMPILERS
+from sfumato.device import COMPILERS, kind
 from sfumato.errors import UserError
 
 BACKEND = "inductor"
@@ -61,6 +61,11 @@ def compile_blocks(net: nn.Module, several: bool, learning: bool = True) -> None
     # All blocks are called through one function of torch's, which counts them together.
     settings.cache_size_limit = max(settings.cache_size_limit, VARIANTS * len({sizes_of(b) for b in blocks}))
     settings.fail_on_cache_limit_hit = True
+    if kind() == "cpu":
+        # inductor would turn every convolution's tensors and weights to channels last: a third of a step.
+        import torch._inductor.config as inductor
+
+        inductor.layout_optimization = False
 
 
 def check_here(asked: str, device: str, precision: str) -> None:

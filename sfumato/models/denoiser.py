@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from sfumato.models.attention import set_attention
+from sfumato.config import FASTEST
+from sfumato.models.attention import Kernels, set_attention
 from sfumato.models.signatures import remember
 from sfumato.models.unscaled import unscale
 
@@ -27,11 +28,11 @@ DEAR = [
 """What "selective" keeps the answers of. Not bmm: plain attention's scores are far larger than its answer."""
 
 
-def prepare(net: nn.Module, attention: str | None, checkpointing: Checkpointing) -> None:
+def prepare(net: nn.Module, attention: Kernels | None, checkpointing: Checkpointing) -> None:
     """Choose a part's attention kernel, and which activations it computes again in the backward pass.
 
-    Text encoders keep their own kernel. Raises UserError for an attention backend that diffusers does not
-    know or cannot use here.
+    Text encoders keep their own kernel, and where nothing was timed "fastest" is torch's own choice. Raises
+    UserError for an attention backend that diffusers does not know or cannot use here.
     """
     model: Any = net
     if not isinstance(net, diffusers.ModelMixin):
@@ -39,7 +40,7 @@ def prepare(net: nn.Module, attention: str | None, checkpointing: Checkpointing)
             model.gradient_checkpointing_enable(options(checkpointing))
         return
     unscale(net)
-    if attention is not None:
+    if attention is not None and attention != FASTEST:
         set_attention(net, attention)
     remember(net)
     if checkpointing:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from sfumato import config
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
-from sfumato.models.attention import probe
 from sfumato.models.folder import Facts, examine, read_json
 from sfumato.models.identity import fingerprint
 from sfumato.models.latents import draw
@@ -192,15 +191,6 @@ class Family(Texts):
         """The denoiser from its config file, holding random numbers of torch's global generator, in fp32."""
         with quiet():
             return self.denoiser_class.from_config(self.denoiser_config)  # type: ignore[attr-defined]
-
-    def try_attention(self, backend: str, dtype: torch.dtype) -> None:
-        """Run an attention backend once for every width of head; UserError if it cannot train here."""
-        channels = self.denoiser_config["block_out_channels"]
-        # diffusers gives the number of heads the name of their width (its issue 2011).
-        heads = self.denoiser_config.get("num_attention_heads") or self.denoiser_config["attention_head_dim"]
-        heads = [heads] * len(channels) if isinstance(heads, int) else heads
-        for width in sorted({wide // count for wide, count in zip(channels, heads, strict=True)}):
-            probe(backend, self.device, dtype, width)
 
     def assemble(
         self, denoiser: nn.Module, process: Mapping[str, Any] = EMPTY, controlnet: nn.Module | None = None

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+TOKENS = 77
+"""Of a window."""
+
 
 def windows(prompt_window: int) -> int:
     """How many windows a setting of 77, 150 or 225 tokens means."""

@@ -49,6 +49,15 @@ def refused(settings: Settings, world: int = 1, accelerator: str = "cpu") -> str
     return str(caught.value)
 
 
+def test_attention_that_nobody_knows_is_refused_before_data_are_encoded(settings: Settings) -> None:
+    for asked in ("flsh", {"mid_block.attn1": "flsh"}):
+        told = refused(settings | {"engine": {"attention": asked}})
+        assert 'engine.attention = "flsh"' in told and "_native_math" in told and "fastest" in told
+    assert "for all or none" in refused(settings | {"engine": {"attention": {"mid_block.attn1": "fastest"}}})
+    for asked in ("fastest", "native", {"mid_block.attn1": "_native_npu"}, {}):
+        check(config.parse(settings | {"engine": {"attention": asked}}), 1, "cpu")
+
+
 def test_a_plan_says_what_will_be(settings: Settings) -> None:
     plan = check(config.parse(settings), 2, "cpu")
     assert (plan.accumulation, len(plan.index), plan.facts.family) == (2, 3, "sd")

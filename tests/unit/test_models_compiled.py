@@ -156,3 +156,14 @@ def test_check_refuses_what_cannot_be(
         check_compile(parse(run | {"engine": engine}), "cpu")
     with pytest.raises(UserError, match=message):
         check_compile(parse(run | {"engine": engine | changes}), device)
+
+
+def test_on_a_cpu_convolutions_keep_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels last costs a third of a step there; on a card inductor decides by itself."""
+    import torch._inductor.config as inductor
+
+    for device, kept in (("cuda", True), ("cpu", False)):
+        monkeypatch.setattr(inductor, "layout_optimization", True)
+        monkeypatch.setattr(compiled, "kind", lambda device=device: device)
+        compile_blocks(denoiser(), several=False)
+        assert inductor.layout_optimization is kept

@@ -167,6 +167,14 @@ HARMLESS = {
 }
 
 
+def test_attention_that_was_chosen_and_is_kept_is_no_change(tmp_path: Path) -> None:
+    """A checkpoint has what "fastest" became."""
+    save(config(tmp_path, engine__attention={"mid_block.attn1": "_native_math"}), 10)
+    assert latest(config(tmp_path, engine__attention="fastest")) == (10, ["goes on from step-000010"])
+    _, told = latest(config(tmp_path, engine__attention="native"))
+    assert len(told) == 2 and told[1].startswith("changed: engine.attention: {'mid_block.attn1'")
+
+
 def test_harmless_changes_are_told_one_line_each(tmp_path: Path) -> None:
     before = config(tmp_path)
     save(before, 10)

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from sfumato.device import synchronize
 from sfumato.models.attention import fault
+from sfumato.models.fastest import CANDIDATES
 from sfumato.planner.devices import Device
 
-BACKENDS = (
-    *("native", "_native_flash", "_native_cudnn", "_native_efficient", "_native_math"),
-    *("flash", "_flash_3", "xformers"),
-)
-"""diffusers' names of what is tried, where its package is there."""
 SHAPES = {"self 64x64": (10, 4096, 4096), "self 32x32": (20, 1024, 1024), "text 64x64": (10, 4096, 77)}
 """SDXL's attention at 1024 pixels: heads, queries, keys; a head is WIDTH wide."""
 WIDTH, SAMPLES = 64, 4
@@ -63,7 +59,7 @@ def attentions(device: torch.device, toy: bool, seconds: float) -> list[dict[str
     for name, (heads, queries, keys) in SHAPES.items():
         if toy:
             heads, queries, keys = 2, queries // 64, min(keys, 16)
-        for backend in BACKENDS:
+        for backend in CANDIDATES:
             row: dict[str, Any] = {"shape": name, "backend": backend, "forward": None, "both": None}
             row["fault"] = fault(backend)
             if row["fault"] is None:

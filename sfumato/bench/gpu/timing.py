@@ -14,18 +14,20 @@ from sfumato.bench.example import Example
 from sfumato.bench.gates.ours import start_of
 from sfumato.bench.gpu.rows import Row
 from sfumato.bench.work import Numbers, batch_of, drawn, filled, method_of
-from sfumato.config import Config
+from sfumato.config import FASTEST, Config
 from sfumato.data.batch import Batch
 from sfumato.device import accelerator, peak_memory, pinned, synchronize
 from sfumato.drawing.draw import draw
 from sfumato.drawing.request import Sampling, shots
 from sfumato.engine.ranks import Ranks
+from sfumato.models.fastest import fastest
 from sfumato.models.folder import Facts
 from sfumato.models.loading import DTYPES
 from sfumato.objective import Objective
 from sfumato.planner.kernels import Kernels
 from sfumato.planner.meter import Meter
 from sfumato.planner.trace import Stage, trace
+from sfumato.start import with_attention
 
 WARM = 3
 """Steps that are not timed: libraries choose their kernels."""
@@ -35,14 +37,18 @@ Size = tuple[int, int]
 
 
 def measure(row: Row, config: Config, facts: Facts, ranks: Ranks, seconds: float) -> dict[str, Any]:
-    """{"batch", "steps", "seconds", "per_second" (images, or iterations), "low", "high" (of stretches of LOG
-    steps), "memory" (bytes at most on the device; null on a CPU), "flops" (of the model, for each)}."""
+    """{"batch", "attention" (its kernels), "steps", "seconds", "per_second" (images, or iterations), "low",
+    "high" (of stretches of LOG steps), "memory" (bytes at most on the device; null on a CPU), "flops" (of the
+    model, for each)}."""
     size = (max(config.data.resolutions),) * 2
+    if config.engine.attention == FASTEST:
+        config = with_attention(config, fastest(config, facts, [size], ranks.device).kernels)
     release()
     work = {"ours": ours, "example": example, "encode": encode, "draw": drawing}[row.what]
     try:
         found = work(config, facts, ranks, size, seconds)
-        return found | {"batch": config.micro_batch_size, "memory": peak_memory()}
+        told = {"batch": config.micro_batch_size, "attention": config.engine.attention}
+        return found | told | {"memory": peak_memory()}
     finally:
         release()
 
