@@ -61,7 +61,8 @@ def train(config: Config) -> Path:
         latent = family.latent_channels, family.vae_factor
         loader = Loader(config, plan.index, plan.cells, *latent, cached, place.rank, place.world)
         # Its workers begin before there are weights: a fork holds on to every page that changes later.
-        steps = held.enter_context(closing(loader.steps_from(saved.position if saved else 0)))
+        position, ended = (saved.position, saved.step >= config.steps) if saved else (0, False)
+        steps = iter(()) if ended else held.enter_context(closing(loader.steps_from(position)))
         weights = starting(method.weights(), draw, method.source_name, config.folder, place)
         engine = Engine(config, place, method.build, weights, method.settle)
         weights.close()

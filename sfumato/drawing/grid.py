@@ -81,6 +81,9 @@ def wrap(text: str, font: Font, width: int, height: int) -> str:
             lines[-1] = joined
         else:
             lines += broken(word, font, width)
+        if len(lines) > height:  # more cannot be shown, as a line has a pixel at least
+            break
+    del lines[height + 2 :]
     while len(lines) > 1 and extent("\n".join(lines), font)[1] > height:
         lines.pop()
         lines[-1] = shortened(lines[-1], font, width)

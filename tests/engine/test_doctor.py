@@ -92,6 +92,12 @@ def at_all(place: str) -> dict[str, Any]:
 
     sums.dist.all_reduce = wrong
     told["wrong numbers"] = texts(sums.look(rounds, torch.bfloat16))
+    sums.dist.all_reduce = real
+    alone = sums.dist.reduce
+    # A sum that reaches another rank than its owner, as with ranks counted in another group.
+    sums.dist.reduce = lambda piece, owner, **named: alone(piece, 1 - owner, **named)
+    told["wrong owner"] = texts(sums.look(rounds, torch.bfloat16))
+    sums.dist.reduce = alone
     sums.dist.all_reduce = real if own.rank == 0 else lambda tensor: None
     sums.LIMIT = 3.0
     told["left out"] = texts(sums.look(rounds, torch.bfloat16))
@@ -148,6 +154,11 @@ def test_a_rank_that_gives_wrong_numbers_is_named(told: dict[str, Any]) -> None:
     first = told["wrong numbers"][0]
     assert first.startswith("bad: all-reduce of int32: wrong on ranks 0, 1"), first
     assert "rank 1's numbers are in it 3 times" in first and "rank 0's" not in first
+
+
+def test_a_sum_that_another_rank_gets_is_told(told: dict[str, Any]) -> None:
+    first = told["wrong owner"][0]
+    assert first.startswith("bad: reduce of int32: wrong on ranks 0, 1"), told["wrong owner"]
 
 
 def test_a_rank_that_leaves_a_sum_out_is_told_and_nothing_hangs(told: dict[str, Any]) -> None:

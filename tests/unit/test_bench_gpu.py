@@ -21,6 +21,7 @@ def toys(file: Path) -> dict[str, Any]:
     """One row of each kind, in a process of its own; and one that fails."""
     gpu.ROWS = tuple(next(row for row in rows.ROWS if row.what == kind) for kind in KINDS)
     gpu.ROWS += (rows.Row("a broken one", "ours", "sdxl-lora", ("data.cache=both", "method.rank=4"), (3,)),)
+    gpu.ROWS += tuple(row for row in rows.ROWS if "compiled" in row.name)
     gpu.config_of = spoilt
     return gpu.run(True, file)
 
@@ -34,13 +35,17 @@ def spoilt(row: rows.Row, batch: int, toy: Path | None) -> Any:
 def test_every_kind_of_row_runs_and_a_broken_one_stops_none(tmp_path: Path) -> None:
     found = run_ranks(toys, 1, tmp_path / "found.json", init=False)[0]
     assert json.loads((tmp_path / "found.json").read_text())["rows"][0]["name"] == rows.ROWS[0].name
-    *good, bad = found["rows"]
+    *good, bad, compiled = found["rows"]
     assert [row["what"] for row in good] == [*KINDS]
     for row in good:
         assert row["low"] <= row["high"] and 0 < row["per_second"] and row["flops"] > 1e6
         measured = row["flops"] * row["per_second"] / found["ceilings"]["matmul"]
         assert row["mfu"]["measured"] == measured and row["mfu"]["datasheet"] is None
     assert bad["skipped"] == "batch 3: RuntimeError: out of memory: no more paint"
+    assert "wrong gradients in bf16" in compiled["skipped"], (
+        "not taken on a CPU, and not in its message's form"
+    )
+    assert good[0]["attention"] is not None, "our rows train with the fastest kernels"
     native = [row for row in found["ceilings"]["attention"] if row["backend"] == "native"]
     assert len(native) == 3 and all(row["both"] > 0 for row in native)
 

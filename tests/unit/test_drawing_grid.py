@@ -1,5 +1,6 @@
 """Drawings as one labelled sheet: every picture in its place, every label readable."""
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -56,3 +57,10 @@ def test_labels_never_touch_pictures_or_edges(label: str, size: tuple[int, int])
 def test_a_grid_of_the_wrong_number_of_pictures() -> None:
     with pytest.raises(AssertionError, match="fill"):
         grid([Image.new("RGB", (8, 8))] * 3, ["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize("label", ["word " * 20_000, "x" * 20_000])
+def test_a_label_as_long_as_a_book_takes_no_longer_than_what_is_shown_of_it(label: str) -> None:
+    began = time.process_time()
+    sheet = grid([Image.new("RGB", (64, 64), "white")] * 4, [label, "b"], ["c", "d"])
+    assert time.process_time() - began < 2 and sheet.height < 1000

@@ -74,7 +74,11 @@ def run(toy: bool, out: Path | None, budget: float = BUDGET) -> dict[str, Any]:
             found["rows"].append(told)
             if out is not None:
                 out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    Console(width=None if sys.stdout.isatty() else 120).print(table(found))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(found))
+    for row in found["rows"]:
+        if "skipped" in row:
+            console.print(f"{row['name'].strip()}: {row['skipped']}", highlight=False, markup=False)
     return found
 
 
@@ -95,6 +99,8 @@ def taken(
         try:
             config = config_of(row, batch, toy)
             figures = measure(row, config, facts_of(config.model), ranks, TOY if toy else row.seconds)
+        except UserError as error:
+            return {"skipped": f"{why}{error.found}"}
         except Exception as error:  # a row that fails must not take the others with it
             said = (str(error).strip().splitlines() or [""])[0]
             why = f"batch {batch}: {type(error).__name__}: {said[:200]}; "
@@ -142,9 +148,6 @@ def table(found: Mapping[str, Any]) -> Table:
             "" if row["memory"] is None else f"{row['memory'] / 1e9:.1f}",
             "" if row["goal"] is None else f"{row['goal'][0]:g} ({row['goal'][1]:g})",
         )
-    for row in found["rows"]:
-        if "skipped" in row:
-            shown.add_row(f"{row['name'].strip()}: {row['skipped']}")
     return shown
 
 

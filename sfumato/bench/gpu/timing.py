@@ -20,6 +20,7 @@ from sfumato.device import accelerator, peak_memory, pinned, synchronize
 from sfumato.drawing.draw import draw
 from sfumato.drawing.request import Sampling, shots
 from sfumato.engine.ranks import Ranks
+from sfumato.models.compiled import check_here
 from sfumato.models.fastest import fastest
 from sfumato.models.folder import Facts
 from sfumato.models.loading import DTYPES
@@ -43,6 +44,8 @@ def measure(row: Row, config: Config, facts: Facts, ranks: Ranks, seconds: float
     size = (max(config.data.resolutions),) * 2
     if config.engine.attention == FASTEST:
         config = with_attention(config, fastest(config, facts, [size], ranks.device).kernels)
+    if config.engine.compile:
+        check_here("engine.compile = true", ranks.device.type, config.engine.precision)
     release()
     work = {"ours": ours, "example": example, "encode": encode, "draw": drawing}[row.what]
     try:
