@@ -49,9 +49,11 @@ def choose(found: Sequence[Row], precision: str) -> Row | None:
 def because(found: Sequence[Row], best: Row) -> str:
     """Why a row was chosen, against its neighbours that differ in one thing."""
     way, said = best.way, []
+    most = "with everything recomputed" if way.checkpointing else "with gradient checkpointing"
     neighbours = [
-        (way.checkpointing, replace(way, checkpointing=False), "without gradient checkpointing"),
-        (not way.checkpointing, replace(way, checkpointing=True), "with gradient checkpointing"),
+        (bool(way.checkpointing), replace(way, checkpointing=False), "without gradient checkpointing"),
+        (way.checkpointing is True, replace(way, checkpointing="selective"), "with it selective"),
+        (way.checkpointing is not True, replace(way, checkpointing=True), most),
         (way.offload != "none", replace(way, offload="none"), "without offload"),
         (way.stage > 1, replace(way, stage=1), "at ZeRO stage 1"),
     ]

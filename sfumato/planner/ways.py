@@ -88,9 +88,7 @@ def ways(
     fixed = config.engine.model_fields_set if config.engine.auto else frozenset[str]()
     own = way_of(config)
     for precision in PRECISIONS if others else (own.precision,):
-        # What a model keeps under "selective" was measured on no device, so only a user chooses it.
-        choices = dict.fromkeys((False, True, own.checkpointing))
-        for stage, kept, checkpointing in product(STAGES, OFFLOADS, choices):
+        for stage, kept, checkpointing in product(STAGES, OFFLOADS, CHECKPOINTING):
             way = Way(stage, kept, checkpointing, precision)
             if better and way != own and never_better(way, accelerator):
                 continue
@@ -132,8 +130,8 @@ def possible(config: Config, world: int, way: Way, accelerator: str) -> bool:
         return False
     if way.precision == "fp16" and (way.stage == 0 or accelerator == "cpu"):
         return False
-    if way.stage == 3 and config.engine.compile:  # check/rules.py says why
-        return False
+    if config.engine.compile and (way.stage == 3 or way.checkpointing == "selective"):
+        return False  # check/rules.py says why
     try:
         check_cells(checked(way.of(config)), world, accelerator)
     except (ValidationError, UserError):

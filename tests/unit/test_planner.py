@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ from hypothesis import strategies as st
 from sfumato import cli, config
 from sfumato.config import Config, parse
 from sfumato.errors import UserError
-from sfumato.planner import command, devices, table
+from sfumato.planner import command, costs, devices, rows, table
 from sfumato.planner.answer import ALIKE, Answer, answer, choose, nothing_fits
 from sfumato.planner.architectures import facts_of
-from sfumato.planner.costs import cost_of, sizes_of
+from sfumato.planner.costs import cost_of, launches, sizes_of
 from sfumato.planner.fit import memory, micro_batches, reserve
 from sfumato.planner.meter import Amount
 from sfumato.planner.rows import Ask
 from sfumato.planner.speed import Work, speed
 from sfumato.planner.trace import Cost
 from sfumato.planner.traffic import Traffic, exchange, traffic
-from sfumato.planner.ways import Way, possible, way_of, ways
+from sfumato.planner.ways import CHECKPOINTING, Way, possible, way_of, ways
 from tests.unit import twins
 
 WAY = Way(1, "none", False, "bf16")
@@ -250,7 +251,10 @@ def test_ways_that_cannot_be_are_left_out() -> None:
 
 def test_auto_keeps_what_the_user_has_set() -> None:
     free = {(way.stage, way.checkpointing) for way in ways(run(engine="auto"), 2, better=True)}
-    assert free == {(stage, on) for stage in (1, 2, 3) for on in (False, True)}  # 0 is never better in bf16
+    every = product((1, 2, 3), (False, "selective", True))  # 0 is never better in bf16
+    assert free == {*every}
+    compiled = run(engine={"auto": True, "compile": True})
+    assert {way.checkpointing for way in ways(compiled, 2)} == {False, True}, "one cannot see into the other"
     asked = run(engine={"auto": True, "zero_stage": 2, "gradient_checkpointing": True})
     assert {(way.stage, way.checkpointing) for way in ways(asked, 2)} == {(2, True)}
     moved = run(engine={"auto": True, "offload_optimizer": "cpu"})
@@ -286,6 +290,35 @@ def test_auto_as_text_in_a_file() -> None:
 
 
 # What is recommended.
+
+
+def test_what_is_kept_of_activations_follows_from_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All where it fits, then the dear ones, then none: each is as fast as it can be there."""
+    fixed = {"auto": True, "zero_stage": 1, "offload_optimizer": "none"}
+    asked = run(batch_size=8, micro_batch_size=8, engine=fixed)
+    facts, device, taken = facts_of(asked.model), devices.find("H100"), {}
+    # As a real model's, whose arithmetic takes longer than its kernels' starts.
+    monkeypatch.setattr(costs, "FEWEST", 0)
+    monkeypatch.setattr(costs, "LAUNCHED", {"full": 0})
+    for kept in CHECKPOINTING:
+        way = Way(1, "none", kept, "bf16")
+        each = cost_of(asked, facts, way, sizes_of(asked)[-1])
+        taken[kept] = memory(way.of(asked, 8), 1, each).device
+
+    def chosen(room: float) -> Any:
+        monkeypatch.setattr(rows, "reserve", lambda memory: memory - room)
+        best = answer(Ask(asked, facts, 1, 1, 1e12, device), better=True).best
+        return None if best is None else best.way.checkpointing
+
+    assert taken[False] > taken["selective"] > taken[True]
+    assert {kept: chosen(room) for kept, room in taken.items()} == {kept: kept for kept in CHECKPOINTING}
+    assert chosen(taken[True] - 1) is None
+
+
+def test_the_hosts_time_counts_for_each_way_to_keep_activations() -> None:
+    trained = {str(number): (1,) for number in range(1000)}
+    counts = [launches(run(engine__gradient_checkpointing=kept), cost(trained)) for kept in CHECKPOINTING]
+    assert counts == [3000, 4950, 4350]
 
 
 @pytest.fixture(scope="module")
