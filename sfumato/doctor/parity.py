@@ -68,15 +68,12 @@ def described(config: Config, world: int, batch: Sequence[int], toy: bool) -> st
     waits = engine.offload_optimizer
     if waits == "nvme" and not at_hand(config):
         waits = "cpu"
+    named = engine.attention if isinstance(engine.attention, str) else "attention by layers"
     extra = [
         checkpointing,
         "compiled" if engine.compile else "",
         f"optimizer on {waits}" if waits != "none" else "",
-        engine.attention
-        if isinstance(engine.attention, str)
-        else "attention by layers"
-        if engine.attention
-        else "",
+        named if engine.attention else "",
         "own DeepSpeed keys" if engine.deepspeed else "",
         "clipped" if config.optimizer.max_grad_norm else "",
     ]

@@ -32,7 +32,7 @@ CANDIDATES = (
 )
 """diffusers' names of what is tried, where its package is there; it fetches none."""
 PLAIN_KEYS = 256
-"""Keys up to which the plain one is tried; beyond, it costs memory that nobody planned for."""
+"""Keys up to which the plain one is tried, on CPUs alone: else it costs memory that nobody planned for."""
 GAIN = 0.95
 """Share of the usual one's time below which another one is taken: less may be chance."""
 TIMES, SECONDS = 5, 1.0
@@ -123,7 +123,9 @@ def times_of(work: Work, device: torch.device, dtype: torch.dtype) -> dict[str, 
     """Seconds of every candidate that can train here, forward and backward."""
     found = {}
     for name in CANDIDATES:
-        if fault(name) is not None or (name == PLAIN and work.keys > PLAIN_KEYS):
+        if fault(name) is not None:
+            continue
+        if name == PLAIN and (device.type != "cpu" or work.keys > PLAIN_KEYS):
             continue
         try:
             if name != USUAL:

@@ -111,6 +111,14 @@ def test_what_may_be_chance_or_takes_memory_is_not_taken(monkeypatch: pytest.Mon
     assert {kind.rpartition(".")[2] for kind in large.kernels} == {"attn2"}, "1,024 keys"
 
 
+def test_the_plain_one_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "probe", lambda *_: None)
+    monkeypatch.setattr(fastest, "timed", lambda *_: 1.0)
+    work = Work(1, 64, 77, 2, 16)
+    tried = [set(fastest.times_of(work, torch.device(kind), torch.float32)) for kind in ("cpu", "cuda")]
+    assert tried[0] - tried[1] == {PLAIN}
+
+
 def test_a_kernel_that_cannot_train_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str, *_: Any) -> None:
         raise UserError(name, "no gradient", "take another")
