@@ -70,18 +70,23 @@ def backends(kernels: Kernels) -> list[str]:
     return [kernels] if isinstance(kernels, str) else sorted(set(kernels.values()))
 
 
-def set_attention(net: nn.Module, kernels: Kernels) -> None:
-    """Let a diffusers model compute attention with the named backends.
-
-    Raises UserError when diffusers does not know a name or cannot use it here, and lists what it can.
-    """
+def check_here(kernels: Kernels) -> None:
+    """Raise UserError for a backend that diffusers does not know or cannot use here; it lists what it can."""
     for backend in backends(kernels):
         if (reason := fault(backend)) is not None:
             usable = sorted(name for name in known() if fault(name) is None)
             do = f"choose one that works here: {', '.join(usable)}"
             raise UserError(f'engine.attention = "{backend}"', reason, do)
-        if backend == NPU:
-            npu_masks.mend()
+
+
+def set_attention(net: nn.Module, kernels: Kernels) -> None:
+    """Let a diffusers model compute attention with the named backends.
+
+    Raises UserError for one that diffusers cannot use here.
+    """
+    check_here(kernels)
+    if NPU in backends(kernels):
+        npu_masks.mend()
     layers = layers_of(net)
     for name, layer in layers.items():
         assert type(layer.processor) in (AttnProcessor2_0, DispatchedAttention) and plain(layer), (
@@ -100,6 +105,7 @@ def try_kernels(kernels: Kernels, net: nn.Module, device: torch.device, dtype: t
 
     Raises UserError, too, for kinds of layers that the model does not have.
     """
+    check_here(kernels)
     layers = layers_of(net)
     kinds = {kind_of(name) for name in layers}
     if not isinstance(kernels, str) and (unknown := sorted(set(kernels) - kinds)):

@@ -159,6 +159,8 @@ def test_what_a_model_has_not_and_what_cannot_train_is_refused() -> None:
     with pytest.raises(UserError, match="no such layers") as error:
         try_kernels({"middle.attn1": PLAIN}, net, CPU, torch.float32)
     assert "mid_block.attn1" in error.value.do
+    with pytest.raises(UserError, match="torch_npu"):  # which package is missing, not what it failed with
+        try_kernels("_native_npu", net, CPU, torch.float32)
     with pytest.raises(UserError, match="_native_cudnn"):
         try_kernels({"mid_block.attn2": "_native_cudnn"}, net, CPU, torch.float32)
 
