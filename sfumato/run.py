@@ -230,7 +230,7 @@ def compared(config: Config, fingerprint: str, saved: checkpoint.Saved) -> list[
         known = parse(saved.state["config"]).model_dump(mode="json")
     except UserError:
         known = saved.state["config"]
-    if config.engine.attention == FASTEST:  # which the run goes by, before and now
+    if config.engine.attention == FASTEST and isinstance(known["engine"].get("attention"), dict):  # kept
         known = known | {"engine": known["engine"] | {"attention": FASTEST}}
     changes = dict(differences(known, config.model_dump(mode="json")))
     changes.pop(WANTED, None)

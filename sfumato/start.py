@@ -1,6 +1,5 @@
 """What a run and a cache begin with: the ranks, the plan that they share, and the model's family."""
 
-import contextlib
 import os
 from typing import Any
 
@@ -118,8 +117,13 @@ def with_kernels(config: Config, plan: Plan, place: Ranks, saved: Saved | None) 
         return config
     before = None if saved is None else saved.state["config"]["engine"].get("attention")
     if isinstance(before, dict):
-        with contextlib.suppress(UserError):
+        try:
             return with_attention(config, tried(before))
+        except UserError as error:
+            if place.first:
+                print(
+                    f"{error.asked}, as the run had it: {error.found}; it chooses anew, which moves last bits"
+                )
     sizes = plan.cells.sizes
     found = together(
         place, lambda: fastest(config, plan.facts, sizes, place.device) if place.first else None

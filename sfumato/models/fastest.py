@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from torch import nn
+from torch import Tensor, nn
 
-from sfumato.config import Config
+from sfumato.config import FASTEST, Config
 from sfumato.device import accelerator, synchronize
 from sfumato.errors import UserError
 from sfumato.models import family_class
@@ -28,9 +28,11 @@ PLAIN = "_native_math"
 """The one that holds a number for each query and key in memory."""
 CANDIDATES = (
     *(USUAL, "_native_flash", "_native_cudnn", "_native_efficient", PLAIN),
-    *("flash", "_flash_3", "xformers", "aiter", "_native_npu"),
+    *("flash", "_flash_3", "xformers", "_native_npu"),
 )
 """diffusers' names of what is tried, where its package is there; it fetches none."""
+DEAR = CANDIDATES[:4]
+"""Those whose answer "selective" checkpointing keeps; it would compute the others' a second time."""
 PLAIN_KEYS = 256
 """Keys up to which the plain one is tried, on CPUs alone: else it costs memory that nobody planned for."""
 GAIN = 0.95
@@ -54,7 +56,7 @@ class Found(NamedTuple):
 
     kernels: dict[str, str]
     usual: float
-    """Seconds of all layers, forward and backward, as torch chooses; the mean of the run's sizes."""
+    """Seconds of the U-Net's layers, forward and backward, as torch chooses; the mean of the run's sizes."""
     chosen: float
     """The same with `kernels`."""
 
@@ -87,7 +89,8 @@ def fastest(config: Config, facts: Facts, sizes: Sequence[tuple[int, int]], devi
     latents = [(high // facts.vae_factor, wide // facts.vae_factor) for high, wide in tried]
     works = [works_of(net, size, config.micro_batch_size, text) for size in latents]
     counts = {kind: sum(kind_of(name) == kind for name in layers_of(net)) for kind in works[0]}
-    times = {work: times_of(work, device, dtype) for each in works for work in each.values()}
+    names = DEAR if config.engine.gradient_checkpointing == "selective" else CANDIDATES
+    times = {work: times_of(work, names, device, dtype) for each in works for work in each.values()}
     accelerator().empty_cache()
     found, usual, chosen = {}, 0.0, 0.0
     for kind, count in counts.items():
@@ -119,10 +122,13 @@ def works_of(net: nn.Module, size: tuple[int, int], batch: int, text: int) -> di
     return found
 
 
-def times_of(work: Work, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of every candidate that can train here, forward and backward."""
+def times_of(work: Work, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of each of CANDIDATES that can train here, forward and backward.
+
+    Raises UserError where torch's own choice cannot.
+    """
     found = {}
-    for name in CANDIDATES:
+    for name in names:
         if fault(name) is not None:
             continue
         if name == PLAIN and (device.type != "cpu" or work.keys > PLAIN_KEYS):
@@ -131,20 +137,25 @@ def times_of(work: Work, device: torch.device, dtype: torch.dtype) -> dict[str, 
             if name != USUAL:
                 probe(name, device, dtype, work.width)
             found[name] = timed(name, work, device, dtype)
-        except (UserError, RuntimeError):  # of no use for training here, or too large
+        except Exception as error:  # of no use for training here, or too large; packages fail in any way
             if name == USUAL:
-                raise
+                said = (str(error).strip().splitlines() or [""])[0]
+                found_ = f"torch's own attention fails for {work}: {type(error).__name__}: {said}"
+                do = "lower micro_batch_size, or leave engine.attention unset"
+                raise UserError(f'engine.attention = "{FASTEST}"', found_, do) from error
     return found
 
 
 def timed(name: str, work: Work, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of a forward and backward pass, the best of a few."""
-    lengths = work.queries, work.keys, work.keys
-    parts = [
-        torch.randn((work.batch, length, work.heads, work.width), device=device, dtype=dtype).requires_grad_()
-        for length in lengths
-    ]
-    gradient = torch.randn_like(parts[0])
+    random = torch.Generator(device).manual_seed(0)  # not the run's
+
+    def made(length: int) -> Tensor:
+        shape = (work.batch, length, work.heads, work.width)
+        return torch.randn(shape, device=device, dtype=dtype, generator=random)
+
+    parts = [made(length).requires_grad_() for length in (work.queries, work.keys, work.keys)]
+    gradient = made(work.queries)
     best, end = float("inf"), time.monotonic() + SECONDS
     for number in range(TIMES + 1):
         synchronize(device)

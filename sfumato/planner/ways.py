@@ -92,6 +92,8 @@ def ways(
             way = Way(stage, kept, checkpointing, precision)
             if better and way != own and never_better(way, accelerator):
                 continue
+            if config.engine.compile and checkpointing == "selective" and way != own:
+                continue  # check/rules.py says why, and says it of the run's own way
             if kept_by_user(way, own, fixed) and possible(config, world, way, accelerator):
                 yield way
 
@@ -130,8 +132,8 @@ def possible(config: Config, world: int, way: Way, accelerator: str) -> bool:
         return False
     if way.precision == "fp16" and (way.stage == 0 or accelerator == "cpu"):
         return False
-    if config.engine.compile and (way.stage == 3 or way.checkpointing == "selective"):
-        return False  # check/rules.py says why
+    if way.stage == 3 and config.engine.compile:  # check/rules.py says why
+        return False
     try:
         check_cells(checked(way.of(config)), world, accelerator)
     except (ValidationError, UserError):

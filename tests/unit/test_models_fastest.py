@@ -115,7 +115,8 @@ def test_the_plain_one_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastest, "probe", lambda *_: None)
     monkeypatch.setattr(fastest, "timed", lambda *_: 1.0)
     work = Work(1, 64, 77, 2, 16)
-    tried = [set(fastest.times_of(work, torch.device(kind), torch.float32)) for kind in ("cpu", "cuda")]
+    devices = torch.device("cpu"), torch.device("cuda")
+    tried = [set(fastest.times_of(work, fastest.CANDIDATES, device, torch.float32)) for device in devices]
     assert tried[0] - tried[1] == {PLAIN}
 
 
@@ -125,6 +126,38 @@ def test_a_kernel_that_cannot_train_is_not_taken(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(fastest, "probe", refuse)
     assert chosen(monkeypatch, lambda name, _: 0.1 if name == PLAIN else 1.0, 64).kernels == {}
+
+
+def test_a_package_that_fails_in_its_own_way_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first rank times; what it raises must be an error that all ranks hear of."""
+
+    def timed(broken: str) -> Callable[..., float]:
+        def seconds(name: str, *_: Any) -> float:
+            if name == broken:
+                raise FileNotFoundError("no ninja here")
+            return 1.0
+
+        return seconds
+
+    work = Work(1, 64, 77, 2, 16)
+    monkeypatch.setattr(fastest, "timed", timed(PLAIN))
+    assert set(fastest.times_of(work, fastest.CANDIDATES, CPU, torch.float32)) == {"native", "_native_flash"}
+    monkeypatch.setattr(fastest, "timed", timed("native"))
+    with pytest.raises(UserError, match="no ninja here"):
+        fastest.times_of(work, fastest.CANDIDATES, CPU, torch.float32)
+
+
+def test_selective_checkpointing_computes_no_kernel_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "timed", lambda name, *_: 0.1 if name == PLAIN else 1.0)
+    asked = config(gradient_checkpointing="selective")
+    assert fastest.fastest(asked, family("sd").facts, [(64, 64)], CPU).kernels == {}
+    assert fastest.fastest(config(), family("sd").facts, [(64, 64)], CPU).kernels != {}
+
+
+def test_timing_leaves_the_runs_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    fastest.timed("native", Work(1, 16, 16, 2, 16), CPU, torch.float32)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_real_times_are_of_real_kernels() -> None:

@@ -173,6 +173,9 @@ def test_attention_that_was_chosen_and_is_kept_is_no_change(tmp_path: Path) -> N
     assert latest(config(tmp_path, engine__attention="fastest")) == (10, ["goes on from step-000010"])
     _, told = latest(config(tmp_path, engine__attention="native"))
     assert len(told) == 2 and told[1].startswith("changed: engine.attention: {'mid_block.attn1'")
+    save(config(tmp_path, engine__attention="native"), 20)
+    _, told = latest(config(tmp_path, engine__attention="fastest"))
+    assert told[1:] == ["changed: engine.attention: 'native' -> 'fastest'"]
 
 
 def test_harmless_changes_are_told_one_line_each(tmp_path: Path) -> None:
