@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from sfumato.config.section import Section
 
+Checkpointing = Literal[False, True, "selective"]
+"""Whether activations are computed again in the backward pass; "selective": those that are cheap."""
 FASTEST = "fastest"
 """engine.attention: what is the fastest for each kind of layer, timed as a run starts (models/fastest.py)."""
 
@@ -73,7 +75,7 @@ class Engine(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the trained part; the optimizer always holds fp32 weights. fp16 needs a GPU; on a CPU
     without AMX or the like bf16 takes longer than fp32."""
-    gradient_checkpointing: Literal[False, True, "selective"] = False
+    gradient_checkpointing: Checkpointing = False
     """Recompute activations in the backward pass: less memory, about a quarter more arithmetic. "selective"
     keeps what products and convolutions answer and recomputes the rest: no more arithmetic, less is saved."""
     compile: bool = False

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from sfumato.config import FASTEST
+from sfumato.config import FASTEST, Checkpointing
 from sfumato.models.attention import Kernels, set_attention
 from sfumato.models.signatures import remember
 from sfumato.models.unscaled import unscale
 
-Checkpointing = Literal[False, True, "selective"]
-"""Whether activations are computed again in the backward pass; "selective": those that are cheap."""
 DEAR = [
     operator.default
     for name in (

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
-from sfumato.config import Config
+from sfumato.config import Checkpointing, Config
 from sfumato.data.aspects import sizes
 from sfumato.engine.ds_config import autocast
 from sfumato.models.folder import Facts
@@ -12,7 +11,6 @@ from sfumato.planner.trace import Cost, trace
 from sfumato.planner.ways import Way
 
 Size = tuple[int, int]
-Checkpointing = Literal[False, True, "selective"]
 LAUNCHED = {"full": 3, "controlnet": 6, "lora": 8, "textual_inversion": 8}
 """Kernels of a micro-batch for each tensor that learns: SDXL has 4,985 for 1,680, with LoRA 9,041 for 1,120,
 SD 1.5 1,950 for 686 (counted with torch on the meta device). Of the other two nothing was counted."""

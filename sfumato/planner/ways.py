@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from sfumato.config import Config
+from sfumato.config import Checkpointing, Config
 from sfumato.engine.cells import check_cells
 from sfumato.engine.offload import check
 from sfumato.errors import UserError
@@ -15,7 +15,7 @@ from sfumato.errors import UserError
 Offload = Literal["none", "optimizer", "parameters"]
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 PRECISIONS = ("bf16", "fp16", "fp32")
-CHECKPOINTING: tuple[Literal[False, True, "selective"], ...] = (False, "selective", True)
+CHECKPOINTING: tuple[Checkpointing, ...] = (False, "selective", True)
 STAGES = (1, 2, 3, 0)
 """From the plainest: stage 1 is the default, and stage 0 casts fp32 weights at every step."""
 
@@ -26,7 +26,7 @@ class Way:
 
     stage: int
     offload: Offload
-    checkpointing: Literal[False, True, "selective"]
+    checkpointing: Checkpointing
     precision: str
 
     def of(self, config: Config, micro: int = 1) -> Config:

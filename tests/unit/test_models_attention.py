@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sfumato import models
+from sfumato.config import Checkpointing
 from sfumato.errors import UserError
 from sfumato.models.attention import probe
-from sfumato.models.denoiser import Checkpointing, prepare
+from sfumato.models.denoiser import prepare
 from tests.unit.twins import batch_of, family
 
 ALL = pytest.mark.parametrize("name", models.families())
