@@ -85,6 +85,13 @@ def test_the_probe_passes_native_and_refuses_what_has_no_gradient(monkeypatch: p
     backend = next(key for key in Registry._backends if key.value == "_native_math")
     right = Registry._backends[backend]
 
+    def no_compiler(*_: Any, **__: Any) -> Tensor:
+        raise FileNotFoundError("no ninja here")
+
+    monkeypatch.setitem(Registry._backends, backend, no_compiler)
+    with pytest.raises(UserError, match="no ninja here"):
+        probe("_native_math", cpu, torch.float32, 64)
+
     def forward_only(*inputs: Any, **options: Any) -> Tensor:
         """As inference-only kernels do: a right answer that ends the graph for queries and keys."""
         options = {
