@@ -159,7 +159,7 @@ def test_check_refuses_what_cannot_be(
 
 
 def test_on_a_cpu_convolutions_keep_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channels last costs a third of a step there; on a card inductor decides by itself."""
+    """Channels last costs a tenth of a step there; on a card inductor decides by itself."""
     import torch._inductor.config as inductor
 
     for device, kept in (("cuda", True), ("cpu", False)):
