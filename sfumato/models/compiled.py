@@ -62,7 +62,7 @@ def compile_blocks(net: nn.Module, several: bool, learning: bool = True) -> None
     settings.cache_size_limit = max(settings.cache_size_limit, VARIANTS * len({sizes_of(b) for b in blocks}))
     settings.fail_on_cache_limit_hit = True
     if kind() == "cpu":
-        # inductor would turn convolutions' tensors and weights to channels last: 8 to 18 % of a step (LOG.md).
+        # inductor would turn convolutions' tensors to channels last: 8 to 18 % of a step (LOG.md).
         import torch._inductor.config as inductor
 
         inductor.layout_optimization = False
