@@ -122,7 +122,7 @@ def slow_numbers(config: Config, accelerator: str) -> str | None:
 def check_attention(config: Config, _: str) -> None:
     """Raise UserError for an attention backend that nobody knows; what works is tried where it trains."""
     asked = config.engine.attention
-    if not asked:
+    if asked is None:
         return
     from sfumato.models.attention import backends, known  # diffusers takes a second
 

@@ -53,6 +53,7 @@ def test_attention_that_nobody_knows_is_refused_before_data_are_encoded(settings
     for asked in ("flsh", {"mid_block.attn1": "flsh"}):
         told = refused(settings | {"engine": {"attention": asked}})
         assert 'engine.attention = "flsh"' in told and "_native_math" in told and "fastest" in told
+    assert 'engine.attention = ""' in refused(settings | {"engine": {"attention": ""}})
     assert "for all or none" in refused(settings | {"engine": {"attention": {"mid_block.attn1": "fastest"}}})
     for asked in ("fastest", "native", {"mid_block.attn1": "_native_npu"}, {}):
         check(config.parse(settings | {"engine": {"attention": asked}}), 1, "cpu")
