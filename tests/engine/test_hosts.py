@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sfumato.launch.nodes import EVERY
 from tests.engine import runs
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,7 @@ def test_a_run_over_two_hosts_survives_a_cut_cable(hosts: tuple[str, str], tmp_p
     while len(steps(run)) < 3:
         assert time.monotonic() < end and first[0].poll() is None, [process.poll() for process in first]
         time.sleep(0.05)
+    time.sleep(5 * EVERY)  # until each host has heard of the other's steps
     ip("-n", hosts[0], "link", "set", "cable", "down")
     told = ends(first, TIMEOUT + 100)
     assert [code for code, _ in told] == [1, 1], told
