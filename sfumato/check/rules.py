@@ -139,32 +139,12 @@ def check_attention(config: Config, _: str) -> None:
 
 
 def check_compile(config: Config, accelerator: str) -> None:
-    """Raise UserError for engine.compile where it cannot be, or would not do what is asked."""
-    engine = config.engine
-    if not engine.compile:
+    """Raise UserError for engine.compile where blocks cannot be compiled."""
+    if not config.engine.compile:
         return
-    asked = "engine.compile = true"
     from sfumato.models.compiled import check_here  # torch is needed
 
-    check_here(asked, accelerator, engine.precision)
-    bits = config.method.base_bits if config.method.kind == "lora" else None
-    refused = (
-        (
-            engine.zero_stage == 3,
-            "zero_stage = 3 brings weights between the operations that are joined",
-            "zero_stage = 2",
-        ),
-        (bits is not None, f"the kernels of method.base_bits = {bits} are not torch's", "it away"),
-        (
-            engine.gradient_checkpointing == "selective",
-            'compiled blocks hide their operations from gradient_checkpointing = "selective"',
-            "gradient_checkpointing = false or true",
-        ),
-        ("compile" in engine.deepspeed, "engine.deepspeed has DeepSpeed's own key compile", "that key away"),
-    )
-    for is_so, found, instead in refused:
-        if is_so:
-            raise UserError(asked, found, f"take {instead}, or leave compile off")
+    check_here("engine.compile = true", accelerator, config.engine.precision)
 
 
 def check_objective(config: Config, facts: Facts) -> None:

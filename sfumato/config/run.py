@@ -158,6 +158,33 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiled(self) -> "Config":
+        engine = self.engine
+        bits = self.method.base_bits if self.method.kind == "lora" else None
+        refused = (
+            (
+                engine.zero_stage == 3,
+                "engine.zero_stage = 3 brings weights between the operations that it joins",
+                "stage 2",
+            ),
+            (
+                engine.gradient_checkpointing == "selective",
+                'engine.gradient_checkpointing = "selective" does not see the operations that it joins',
+                "false or true",
+            ),
+            (bits is not None, f"the kernels of method.base_bits = {bits} are not torch's", "it away"),
+            (
+                "compile" in engine.deepspeed,
+                "engine.deepspeed has DeepSpeed's own key compile",
+                "that key away",
+            ),
+        )
+        for is_so, found, instead in refused:
+            if engine.compile and is_so:
+                raise ValueError(f"engine.compile = true: {found}; take {instead}, or leave compile off")
+        return self
+
+    @model_validator(mode="after")
     def _preview(self) -> "Config":
         prompts, conditions = len(self.preview.prompts), len(self.preview.conditions)
         if conditions and self.method.kind != "controlnet":

@@ -106,13 +106,13 @@ def report(
     everything = list(emoji.concepts())
     real_noto, real_openmoji = real("noto", everything), real("openmoji", everything)
     old, new = [measure.features(pixels_of(drawings)) for drawings in (before, after)]  # (N, 1280)
-    noto, openmoji = measure.features(real_noto), measure.features(real_openmoji)
+    noto = measure.features(real_noto)
     style = measure.style(real_openmoji)
     rows = [codes.index(code) for code in emoji.evaluation_prompts()]
     own = [everything.index(codes[row]) for row in rows]
     _, found = measure.own_neighbours(old[rows], own, noto)
     trained = list(emoji.tuning())
-    seen = openmoji[[everything.index(code) for code in trained]]
+    seen = measure.features(real_openmoji[[everything.index(code) for code in trained]])
     closest = measure.nearest(new[rows], seen).tolist()
     pictures = emoji.drawings("openmoji", [trained[place] for place in closest], 64)
     nearest = [emoji.on_white(Image.fromarray(picture)) for picture in pictures]

@@ -92,8 +92,6 @@ def ways(
             way = Way(stage, kept, checkpointing, precision)
             if better and way != own and never_better(way, accelerator):
                 continue
-            if config.engine.compile and checkpointing == "selective" and way != own:
-                continue  # check/rules.py says why, and says it of the run's own way
             if kept_by_user(way, own, fixed) and possible(config, world, way, accelerator):
                 yield way
 
@@ -131,8 +129,6 @@ def possible(config: Config, world: int, way: Way, accelerator: str) -> bool:
     if way.offload != "none" and (way.stage == 0 or (way.offload == "parameters" and way.stage < 3)):
         return False
     if way.precision == "fp16" and (way.stage == 0 or accelerator == "cpu"):
-        return False
-    if way.stage == 3 and config.engine.compile:  # check/rules.py says why
         return False
     try:
         check_cells(checked(way.of(config)), world, accelerator)

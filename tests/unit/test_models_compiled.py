@@ -137,9 +137,6 @@ def test_one_compilation_for_several_sizes_and_an_end_of_those_for_each(
 @pytest.mark.parametrize(
     ("changes", "device", "message"),
     [
-        ({"zero_stage": 3}, "cpu", "zero_stage = 3 brings weights"),
-        ({"gradient_checkpointing": "selective"}, "cpu", "hide their operations"),
-        ({"deepspeed": {"compile": {"deepcompile": False}}}, "cpu", "DeepSpeed's own key"),
         ({"precision": "bf16"}, "cpu", "wrong gradients in bf16"),
         ({}, "npu", "nobody has tried"),
         ({}, "nothing", "a compiler for C"),
@@ -156,6 +153,23 @@ def test_check_refuses_what_cannot_be(
         check_compile(parse(run | {"engine": engine}), "cpu")
     with pytest.raises(UserError, match=message):
         check_compile(parse(run | {"engine": engine | changes}), device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"zero_stage": 3}}, "zero_stage = 3 brings weights"),
+        ({"engine": {"gradient_checkpointing": "selective"}}, "does not see the operations"),
+        ({"engine": {"deepspeed": {"compile": {"deepcompile": False}}}}, "DeepSpeed's own key"),
+        ({"method": {"kind": "lora", "base_bits": 8}}, "base_bits = 8 are not torch's"),
+    ],
+)
+def test_a_config_refuses_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:
+    run = {"steps": 1, "batch_size": 1, "model": {"weights": "x"}, "data": {"source": "x"}}
+    engine = {"precision": "fp32", **changes.pop("engine", {})}
+    parse(run | changes | {"engine": engine})
+    with pytest.raises(UserError, match=message):
+        parse(run | changes | {"engine": engine | {"compile": True}})
 
 
 def test_on_a_cpu_convolutions_keep_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:

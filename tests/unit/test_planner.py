@@ -255,10 +255,6 @@ def test_auto_keeps_what_the_user_has_set() -> None:
     assert free == {*every}
     compiled = run(engine={"auto": True, "compile": True})
     assert {way.checkpointing for way in ways(compiled, 2)} == {False, True}, "one cannot see into the other"
-    both = run(engine={"auto": True, "compile": True, "gradient_checkpointing": "selective"})
-    assert {way.checkpointing for way in ways(both, 2)} == {"selective"}, (
-        "what is refused is the run's own, by name"
-    )
     asked = run(engine={"auto": True, "zero_stage": 2, "gradient_checkpointing": True})
     assert {(way.stage, way.checkpointing) for way in ways(asked, 2)} == {(2, True)}
     moved = run(engine={"auto": True, "offload_optimizer": "cpu"})
