@@ -60,6 +60,12 @@ def fill(config: Config, index: Index, cells: Cells, family: Family, place: Rank
     return filler.cached
 
 
+def kept(family: Family, posterior: str) -> str:
+    """What the VAE is, and how much of its answer is kept: of a mean alone no sample can be drawn."""
+    encoder = family.identity(images=True)
+    return f"{encoder} mean" if posterior == "mean" else encoder
+
+
 class Filler:
     """Encodes for one run, on one of its ranks."""
 
@@ -68,7 +74,7 @@ class Filler:
         asked, store = config.data.cache, Store(config.data.store)
         self.cached = Cached(
             store,
-            images=family.identity(images=True) if asked in ("images", "both") else None,
+            images=kept(family, config.data.posterior) if asked in ("images", "both") else None,
             captions=family.identity(images=False) if asked in ("captions", "both") else None,
         )
         self.again: list[str] = []  # images that were encoded in fp32, because less was not enough
@@ -222,8 +228,8 @@ class Filler:
                     keys.append(array([key for number in chunk for *_, key in self.cuts(number, size)]))
         found = np.unique(np.concatenate(keys), axis=0)
         found = found[self.cached.store.has(found)]
-        run = str(self.config.folder.absolute())
-        self.cached.store.note_use(self.use, found, {"run": run, "wish": self.wish})
+        folder = str(self.config.folder.absolute())
+        self.cached.store.note_use(self.use, found, {"run": folder, "wish": self.wish})
 
 
 def encode(config: Config) -> Path:

@@ -9,15 +9,12 @@ from typing import Any
 
 from sfumato.drawing import inputs
 from sfumato.drawing.draw import draw
-from sfumato.drawing.pictures import LIST, NUMBER, write
+from sfumato.drawing.pictures import CONDITIONS, LIST, NUMBER, write
 from sfumato.drawing.request import Sampling, shots
 from sfumato.engine.engine import Engine
 from sfumato.methods import Method
 from sfumato.objective import Objective
 from sfumato.watch import Watch
-
-CONDITIONS = "conditions"
-"""The folder beside those of the steps that holds what a ControlNet is shown, by the prompt's place."""
 
 
 class Previews:
@@ -36,8 +33,8 @@ class Previews:
         self.watch, self.tell = watch, tell
         done = engine.ranks.first and (self.folder(engine.step_count) / LIST).is_file()
         self.last = engine.step_count if engine.ranks.gathered(done)[0] else -1
-        self.forget()
         """The newest step that is drawn."""
+        self.forget()
 
     def __call__(self) -> None:
         """Draw if it is due at the engine's step and not done."""

@@ -19,8 +19,8 @@ from sfumato.data.batch import Batch
 from sfumato.data.draws import torch_seed
 from sfumato.engine import published, ranks
 from sfumato.engine.ds_config import autocast
-from sfumato.engine.engine import Unfilled
 from sfumato.engine.saved import Saved
+from sfumato.engine.shards import Unfilled
 from sfumato.engine.weights import starting
 from sfumato.errors import UserError
 from sfumato.methods import Method
@@ -127,7 +127,7 @@ def weights_of(run: Path, step: int) -> tuple[Saved | None, str]:
 def filled(config: Config, method: Method, saved: Saved | None, place: ranks.Ranks) -> Parts:
     """The module that learns in the run's arithmetic: a checkpoint's weights, and the files' for the rest."""
     draw = partial(method.draw, config.seed)
-    weights = starting(method.weights(), draw, method.source_name, config.folder, place)
+    weights = starting(method.weights(), draw, method.source_name, config.folder, place, method.origin())
     with Unfilled():
         parts = method.build()
     weights.check(parts)

@@ -178,24 +178,25 @@ def whole(path: Path, place: Ranks, say: Callable[[str], None]) -> checkpoint.Sa
     """A checkpoint, if it is whole; else it is set aside, and None. All ranks together."""
     opened: list[checkpoint.Saved] = []
 
-    def look() -> tuple[list[str], list[str]]:
+    def look() -> tuple[list[str], list[str], bool]:
         try:
             published.see(path)
             saved = checkpoint.Saved(path)
         except published.Damaged as error:
-            return [error.wrong], []
+            return [error.wrong], [], False
         except OSError as error:
             raise UserError(f"the checkpoint {path}", str(error), "name a shared disk") from None
         opened.append(saved)
-        renamed = (
-            [f"it holds step {saved.step}"] if saved.step != int(path.name.removeprefix("step-")) else []
-        )
+        named = int(path.name.removeprefix("step-"))
+        renamed = [f"it holds step {saved.step}"] if saved.step != named else []
         share = place.rank, place.world
-        return renamed + saved.problems(*share), saved.export_problems(*share)
+        there = (path / "export").is_dir()
+        return renamed + saved.problems(*share), saved.export_problems(*share), there
 
+    # From here on what all have seen decides: the first rank renames while another one may still look.
     seen = together(place, look)
     wrong, export = (sorted({text for found in seen for text in found[part]}) for part in (0, 1))
-    if not wrong and not (export and (path / "export").is_dir()):
+    if not wrong and not (export and any(there for *_, there in seen)):
         return opened[0]
     spoilt, said = (path, "; ".join(wrong)) if wrong else (path / "export", "; ".join(export))
 

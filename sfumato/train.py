@@ -63,7 +63,7 @@ def train(config: Config) -> Path:
         # Its workers begin before there are weights: a fork holds on to every page that changes later.
         position, ended = (saved.position, saved.step >= config.steps) if saved else (0, False)
         steps = iter(()) if ended else held.enter_context(closing(loader.steps_from(position)))
-        weights = starting(method.weights(), draw, method.source_name, config.folder, place)
+        weights = starting(method.weights(), draw, method.source_name, config.folder, place, method.origin())
         engine = Engine(config, place, method.build, weights, method.settle)
         weights.close()
         if saved is not None:
@@ -88,6 +88,7 @@ def train(config: Config) -> Path:
             )
             if config.bad_numbers.policy == "rollback" and saved is None:
                 writer.save()  # else there were nothing to go back to
+                writer.join()
             with told.aside():
                 for look in looks:
                     look()

@@ -39,6 +39,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.real:
         tuning.restart()
     if arguments.what == "scaling":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # its ranks are gloo's, also beside a GPU
         with tuning.importing():
             from sfumato.bench import scaling
 

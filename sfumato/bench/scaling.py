@@ -160,7 +160,7 @@ def heard(pipe: Connection, rank: int) -> dict[str, Any]:
 def work(pipe: Connection, config: Config, size: int, rank: int, world: int, port: int, steps: int) -> None:
     """One rank in a process of its own: it tells its figures, or a traceback."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
     try:
         pipe.send(stepped(config, size, steps))

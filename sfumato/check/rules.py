@@ -185,7 +185,7 @@ def check_host(config: Config, world: int, local: int, parameters: int) -> None:
     waits on its way, and what the processes themselves take, comes on top.
     """
     engine = config.engine
-    moved = 4 * (1 + STATES[config.optimizer.name] + len(kinds(config.ema)))
+    moved = 4 * (1 + len(STATES[config.optimizer.name]) + len(kinds(config.ema)))
     one = moved * (engine.offload_optimizer == "cpu")
     one += BYTES[engine.precision] * (engine.offload_parameters != "none")
     needed, there = one * parameters * local // world, host_memory()

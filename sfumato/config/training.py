@@ -17,7 +17,7 @@ class Optimizer(Section):
     """How the weights move. Everything here counts applied optimizer steps."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """"sgd" is without momentum: one step is the gradient times lr, which is what checks want."""
+    """"sgd" is without momentum: with weight_decay = 0 one step is the gradient times lr, for checks."""
     lr: float = Field(1e-5, ge=0)
     """Peak learning rate."""
     text_encoder_lr: float | None = Field(None, ge=0)

@@ -1,7 +1,7 @@
 """What is read from the store in place of being encoded, and the keys that it lies under.
 
-A key covers everything that the tensor depends on: the file's bytes or the text, the cut, and the encoder's
-weights and arithmetic. Nothing stale can be found under it.
+A key covers everything that the tensor depends on: the file's bytes or the text, the cut, the encoder's
+weights and arithmetic, and what is kept of its answer. Nothing stale can be found under it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Cached:
 
     store: Store
     images: str | None
-    """What the VAE is: a hash of weights, config and arithmetic. None: pixels are encoded while training."""
+    """What the VAE is, and whether its mean alone is kept. None: pixels are encoded while training."""
     captions: str | None
     """What the text encoders are, likewise."""
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from math import ceil
@@ -175,7 +176,10 @@ class Loader:
         if not new:
             return
         self.list.parent.mkdir(parents=True, exist_ok=True)
+        # A kill in the middle of a line must not spoil the next one.
+        torn = self.list.exists() and self.list.read_bytes()[-1:] not in (b"", b"\n")
         with self.list.open("a", encoding="utf-8") as file:
+            file.write("\n" * torn)
             file.writelines(json.dumps(fault._asdict()) + "\n" for fault in new)
         self.faults.update(fault.name for fault in new)
         most = self.config.data.max_faults * len(self.index)
@@ -200,11 +204,11 @@ class Loader:
 
 def read_faults(path: Path) -> list[str]:
     """The names in a list of faults, of an earlier start of the run; [] if there is none."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    # A start that was killed may have left half a line.
-    return [json.loads(line)["name"] for line in lines if line.endswith("}")]
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        with suppress(ValueError, KeyError, TypeError):  # half a line, of a start that was killed
+            found.append(json.loads(line)["name"])
+    return found
 
 
 def unchanged(made: Any) -> Any:

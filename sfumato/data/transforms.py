@@ -11,6 +11,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from sfumato.data.draws import pick
+from sfumato.data.index.headers import ORIENTATION
 from sfumato.errors import UserError
 
 # The number of pixels is compared with data.max_pixels, where a picture's header is read.
@@ -18,7 +19,6 @@ Image.MAX_IMAGE_PIXELS = None
 
 RENDERING = 1
 """Another number when the same file and geometry give other pixels: it is a part of the caches' keys."""
-ORIENTATION = 0x0112  # EXIF: how a viewer turns the picture; from 5 on its sides are exchanged
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 

@@ -42,7 +42,6 @@ from sfumato.models.loading import DTYPES
 SECONDS = 115.0
 """For all checks, from the start of this process; with --real, more."""
 REAL = 900.0
-MEETING = 60.0  # seconds in which the ranks must find each other
 BEYOND = 60.0  # seconds of the process group's own timeout beyond all that: its error names nobody
 FORMAT = 1
 

@@ -40,7 +40,7 @@ def lines(config: Config | None, device: torch.device) -> list[Line]:
     if lacking:
         return [bad("device", text, f"set another engine.precision than {lacking[0]}", **figures)]
     found = [judged(free >= (1 - BUSY) * total, "device", text, "end what else holds its memory", **figures)]
-    return found + health(device)
+    return found + health()
 
 
 def wants(config: Config | None, precision: str) -> bool:
@@ -55,7 +55,7 @@ def matmul_works(device: torch.device) -> bool:
     return bool(torch.allclose(got, a @ a, atol=0.5, rtol=0.05))
 
 
-def health(device: torch.device) -> list[Line]:
+def health() -> list[Line]:
     """Errors of memory and throttling, where the maker's tool tells them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

@@ -92,6 +92,9 @@ def gradient(config: Config, told: Sequence[Any], what: str) -> Line:
     near = same["error"] <= bound
     text = f"{same['error']:.1e} off plain torch's (at most {bound:.2g})"
     figures = {"same": same, "exact": exact}
+    if kind in ("bf16", "autocast") and exact["error"] < told[0]["rounding"] / 10:
+        text = f"it is fp32's ({exact['error']:.1e} off), but {kind} was asked for"
+        return bad("gradient", f"{text}; {what}", DO, **figures)
     if near and exact["error"] <= FAR[kind]:
         return good("gradient", f"{text}; {what}", **figures)
     if near:

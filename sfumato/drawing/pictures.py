@@ -16,6 +16,8 @@ from sfumato.drawing.request import ROLES, Sampling, Shot
 
 NUMBER = re.compile(r"(\d{3,})-.*\.png")
 LIST, SHEET = "drawings.jsonl", "grid"
+CONDITIONS = "conditions"
+"""The folder beside those of a run's previews that holds what a ControlNet was shown."""
 
 
 @dataclass(frozen=True)

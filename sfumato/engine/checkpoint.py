@@ -15,9 +15,9 @@ import torch
 from sfumato.engine import profiles, shards
 from sfumato.engine.content import learning, own_tensors
 from sfumato.engine.engine import Engine
-from sfumato.engine.optimizer import STATES
 from sfumato.engine.published import FORMAT, MANIFEST, checkpoint_of, path_of, steps_in, sync
 from sfumato.engine.saved import Saved
+from sfumato.engine.size import STATES
 from sfumato.engine.writer import Writer
 from sfumato.errors import UserError
 
@@ -73,6 +73,7 @@ def load(engine: Engine, saved: Saved) -> None:
     optimizer, own = engine.deepspeed.basic_optimizer, STATES[engine.config.optimizer.name]
     known = saved.kinds.issuperset(own)
     averages = profiles.kinds(engine.config.ema)
+    engine.began = saved.state.get("began", 0) if known else saved.step
     for shard in shards.owned(engine.deepspeed, writing=True):
         state = optimizer.state[shard.flat]
         for kind in averages:
@@ -85,9 +86,9 @@ def load(engine: Engine, saved: Saved) -> None:
         if own and state:
             if not known:
                 state |= {kind: torch.zeros_like(shard.flat) for kind in own}
-            # torch's Adam counts steps per tensor; all of ours took every applied one.
+            # torch's Adam counts steps per tensor; all of ours took every one since they began.
             state["step"] = torch.tensor(
-                float(saved.step if known else 0), device=shard.flat.device if fused(optimizer) else "cpu"
+                float(saved.step - engine.began), device=shard.flat.device if fused(optimizer) else "cpu"
             )
     shards.fill(engine.deepspeed, lambda *where: saved.read("weight", *where))
     if engine.scale.dynamic:

@@ -75,6 +75,7 @@ def manifest_of(engine: Engine, facts: Mapping[str, Any]) -> dict[str, Any]:
         "config": engine.config.model_dump(mode="json"),
         **facts,
         "step": engine.step_count,
+        "began": engine.began,
         "position": engine.position,
         "samples": engine.position * engine.config.batch_size,
         "left_out": list(engine.left_out),

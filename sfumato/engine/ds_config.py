@@ -103,6 +103,8 @@ def ds_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": config.profile.breakdown,
+        # From the third step on it would wait for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "flops_profiler": flops_profiler(config),
         "steps_per_print": 2**62,
     }
@@ -128,7 +130,7 @@ def offloaded(config: Config, swap: Path | None = None) -> dict[str, Any]:
     }
     if engine.offload_optimizer == "nvme":
         # A group's weights and gradients, and each of its states.
-        count = 2 + STATES[config.optimizer.name] + len(kinds(config.ema))
+        count = 2 + len(STATES[config.optimizer.name]) + len(kinds(config.ema))
         found["offload_optimizer"] |= {"nvme_path": str(swap or engine.nvme_path), "buffer_count": count}
         found["sub_group_size"] = SUB_GROUP
     return found

@@ -4,29 +4,21 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import wraps
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sfumato.config import Config
 from sfumato.engine import blocks, ema, gradients, offload, optimizer, profiles, reader, shards, swap
 from sfumato.engine.ds_config import autocast, ds_config
 from sfumato.engine.ranks import Ranks
 from sfumato.engine.scale import LossScale
+from sfumato.engine.size import STATES
 from sfumato.engine.weights import WeightFiles
 from sfumato.models.loading import DTYPES
-
-
-class Unfilled(TorchFunctionMode):
-    """Inside it modules are built without drawing their random weights, which `shards.fill` overwrites."""
-
-    DRAWS = (torch.Tensor.uniform_, torch.Tensor.normal_)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
 
 
 class Engine:
@@ -56,6 +48,8 @@ class Engine:
         self.dtype = torch.float32 if self.autocast else DTYPES[config.engine.precision]
         """The format of the module's weights."""
         self.step_count = 0
+        self.began = 0
+        """The applied step at which the optimizer's states began."""
         self.position = 0
         """Global batches that were consumed: one for each applied step, and those left out."""
         self.left_out: list[dict[str, Any]] = []
@@ -87,6 +81,7 @@ class Engine:
         shards.fill(self.deepspeed, weights)
         if settle is not None and config.engine.zero_stage < 3:
             settle(self.deepspeed.module)
+            self._name_again()
         self.scale = LossScale(getattr(self.deepspeed.optimizer, "loss_scaler", None))
         # A sample that reaches no weight, as one without the word that is learned, binds nothing.
         self._nothing = torch.zeros(())
@@ -111,16 +106,34 @@ class Engine:
                 model=module, optimizer=base, model_parameters=[*trained.values()], config=settings
             )
         gradients.take_over(self.deepspeed)
+        if self.autocast:
+            module.forward = self._cast(module.forward)
         if place is not None:
-            states = *optimizer.STATES[config.optimizer.name], *profiles.kinds(config.ema)
+            states = *STATES[config.optimizer.name], *profiles.kinds(config.ema)
             swap.prepare(self.deepspeed, states)
+
+    def _cast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward pass under autocast, which DeepSpeed, on a GPU, switches off around its own call."""
+
+        @wraps(forward)
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(self.ranks.device.type, torch.bfloat16):
+                return forward(*args, **kwargs)
+
+        return cast
+
+    def _name_again(self) -> None:
+        """Have DeepSpeed's table of names, which its optimizer shares, let go of what is packed now."""
+        named = self.deepspeed.module.named_parameters()
+        self.deepspeed.param_names.clear()
+        self.deepspeed.param_names.update((parameter, name) for name, parameter in named)
 
     def _forget_gradients(self) -> None:
         for param in self._trained:
             param.grad = None
 
     def _build(self, build: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
-        with Unfilled(), warnings.catch_warnings():
+        with shards.Unfilled(), warnings.catch_warnings():
             # At stage 3 a layer's parts may lie elsewhere before torch wants to draw them.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             if self.config.engine.zero_stage < 3:
@@ -139,8 +152,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass in the run's arithmetic."""
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.deepspeed(*args, **kwargs)
+        return self.deepspeed(*args, **kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The module's parameters, as nn.Module gives them."""

@@ -11,9 +11,6 @@ from sfumato.config import Config
 from sfumato.device import has_fused_adamw
 from sfumato.engine.ema import averaging
 
-STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
-"""What each optimizer remembers of a weight."""
-
 
 def build(config: Config, parameters: Mapping[str, torch.nn.Parameter], device: torch.device) -> Optimizer:
     """The optimizer that `[optimizer]` names, with the averages that `[ema]` asks for.

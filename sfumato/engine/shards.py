@@ -9,15 +9,26 @@ on others at another.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sfumato.device import synchronize
 from sfumato.engine.swap import brought, hand_over
 
 Read = Callable[[str, int, int], Tensor]
 """(parameter name, start, length) -> that slice of the flattened parameter, 1-D."""
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside it modules are built without drawing their random weights, which `fill` overwrites."""
+
+    DRAWS = (torch.Tensor.uniform_, torch.Tensor.normal_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import lcm, prod
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from sfumato.engine.profiles import kinds
 from sfumato.errors import UserError
 from sfumato.models.folder import Facts, weight_files
 
-STATES = {"adamw": 2, "sgd": 0}
-"""fp32 numbers that an optimizer keeps for each weight, in a checkpoint too."""
+STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+"""The fp32 numbers that an optimizer keeps for each weight, in a checkpoint too."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a number."""
 
@@ -23,7 +23,7 @@ def checkpoint_bytes(config: Config, facts: Facts | None, parameters: int) -> in
 
     parameters: what learns; 0 where that is known later, and the size is not asked for.
     """
-    kept = parameters * 4 * (1 + STATES[config.optimizer.name] + len(kinds(config.ema)))
+    kept = parameters * 4 * (1 + len(STATES[config.optimizer.name]) + len(kinds(config.ema)))
     return kept + (export_numbers(config, facts, parameters) * BYTES[config.export.dtype] if kept else 0)
 
 

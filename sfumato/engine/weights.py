@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -76,18 +76,31 @@ def starting(
     called: Callable[[str], str],
     folder: Path,
     ranks: Ranks,
+    origin: str = "",
 ) -> WeightFiles:
     """The weights that a run starts from: its files, and what is drawn, once, on the first rank.
 
     Through a file in the run's `folder` every ZeRO stage and number of ranks starts from the same numbers,
-    and a run that is started again before its first checkpoint does too.
+    and a run that is started again before its first checkpoint does too. origin: all that the drawn numbers
+    depend on; a file of another origin is drawn anew.
     """
     file = folder / "random.safetensors"
-    if ranks.first and not file.exists() and (drawn := draw()):
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        save_file(drawn, part)
-        sync(part)
-        part.rename(file)
+    if ranks.first and origin_of(file) != origin:
+        file.unlink(missing_ok=True)
+        if drawn := draw():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            save_file(drawn, part, {"origin": origin})
+            sync(part)
+            part.rename(file)
     ranks.barrier()
     return WeightFiles({**files, "": [file]} if file.exists() else files, called)
+
+
+def origin_of(file: Path) -> str | None:
+    """What the drawn numbers of a file came from; None where there is no such file."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return (tensors.metadata() or {}).get("origin")
+    except (OSError, SafetensorError):
+        return None

@@ -223,8 +223,6 @@ class Writer:
                 f" ({readable(needed)} are needed, {readable(free)} are free)"
                 if needed and free is not None
                 else ""
-                if needed and free is not None
-                else ""
             )
             raise Failed(f"{final.parent.name}/{final.name} could not be written: {error}{room}") from None
         if ranks.first:

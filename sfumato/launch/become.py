@@ -40,7 +40,7 @@ def as_ranks(arguments: argparse.Namespace, logs: Path, settings: Any = None) ->
     environment: Mapping[str, str] = settings.environment if settings is not None else {}
     at = where(arguments, os.environ, settings.engine.timeout if settings is not None else COMING)
     if arguments.hostfile is not None:
-        return hosts.run(arguments.hostfile, arguments.command, arguments.master, logs)
+        return hosts.run(arguments.hostfile, arguments.command, arguments.master)
     if at is not None:
         for name in place.VARIABLES:
             os.environ.pop(name, None)  # of the launcher that started one process a node

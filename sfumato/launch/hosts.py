@@ -68,7 +68,7 @@ def read(file: Path) -> dict[str, int]:
     return found
 
 
-def run(file: Path, command: Sequence[str], master: str | None, logs: Path) -> int:
+def run(file: Path, command: Sequence[str], master: str | None) -> int:
     """Start `command` on every host of the file and wait until all have ended; the ranks' exit code.
 
     `command` may hold --hostfile and --master: there SLOTS goes first.

@@ -1,5 +1,7 @@
 """The contract of a method, and what methods share."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,14 @@ class Method:
         and settings of the process it must not touch: a module is built on the meta device, and none is read.
         """
         raise NotImplementedError
+
+    def origin(self) -> str:
+        """A hash of all that `draw` depends on."""
+        said = [
+            self.config.seed,
+            *(part.model_dump(mode="json") for part in (self.config.method, self.config.model)),
+        ]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     # What most of them leave as it is.
 

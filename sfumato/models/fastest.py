@@ -31,8 +31,9 @@ CANDIDATES = (
     *("flash", "_flash_3", "xformers", "_native_npu"),
 )
 """diffusers' names of what is tried, where its package is there; it fetches none."""
-DEAR = CANDIDATES[:4]
-"""Those whose answer "selective" checkpointing keeps; it would compute the others' a second time."""
+KEPT = CANDIDATES[:4]
+"""Those whose answer "selective" checkpointing keeps (`DEAR` in denoiser.py decides); it would compute the
+others' a second time."""
 PLAIN_KEYS = 256
 """Keys up to which the plain one is tried, on CPUs alone: else it costs memory that nobody planned for."""
 GAIN = 0.95
@@ -89,7 +90,7 @@ def fastest(config: Config, facts: Facts, sizes: Sequence[tuple[int, int]], devi
     latents = [(high // facts.vae_factor, wide // facts.vae_factor) for high, wide in tried]
     works = [works_of(net, size, config.micro_batch_size, text) for size in latents]
     counts = {kind: sum(kind_of(name) == kind for name in layers_of(net)) for kind in works[0]}
-    names = DEAR if config.engine.gradient_checkpointing == "selective" else CANDIDATES
+    names = KEPT if config.engine.gradient_checkpointing == "selective" else CANDIDATES
     times = {work: times_of(work, names, device, dtype) for each in works for work in each.values()}
     accelerator().empty_cache()
     found, usual, chosen = {}, 0.0, 0.0
@@ -123,7 +124,7 @@ def works_of(net: nn.Module, size: tuple[int, int], batch: int, text: int) -> di
 
 
 def times_of(work: Work, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of each of CANDIDATES that can train here, forward and backward.
+    """Seconds of each of `names` that can train here, forward and backward.
 
     Raises UserError where torch's own choice cannot.
     """

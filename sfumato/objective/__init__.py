@@ -9,7 +9,7 @@ from sfumato import config
 from sfumato.data.batch import Draws
 from sfumato.objective import weights
 from sfumato.objective.constant import Constant
-from sfumato.objective.process import DDPM, Process
+from sfumato.objective.process import Process, process_of
 from sfumato.objective.timesteps import Law
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -23,7 +23,7 @@ class Objective:
 
     def __init__(self, settings: config.Objective, scheduler_config: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.process: Process = DDPM(scheduler_config, settings.prediction, settings.zero_terminal_snr)
+        self.process: Process = process_of(scheduler_config, settings.prediction, settings.zero_terminal_snr)
         self.law = Law(settings.timesteps, self.process.timesteps)
         self._weights = Constant(weights.table(settings.weight, self.process))
 

@@ -113,6 +113,15 @@ class DDPM:
         return settings
 
 
+def process_of(
+    scheduler_config: Mapping[str, Any],
+    prediction: Literal["auto", "epsilon", "v", "sample"],
+    zero_terminal_snr: bool,
+) -> Process:
+    """The process that a scheduler's config belongs to: so far DDPM, or a UserError."""
+    return DDPM(scheduler_config, prediction, zero_terminal_snr)
+
+
 def refuse_other_processes(config: Mapping[str, Any]) -> None:
     """Raise UserError if the weights were trained with a process that is not DDPM's."""
     name = str(config.get("_class_name", ""))

@@ -95,7 +95,7 @@ def state(config: Config, world: int, trained: Mapping[str, Sequence[int]], froz
     masters = 4 * stays if engine.zero_stage else 0
     # torch's Adam counts its steps in one number of each tensor that it moves.
     moved = (there.groups or lay.groups) if engine.zero_stage else len(trained)
-    states = (4 * stays * STATES[config.optimizer.name]) + (
+    states = (4 * stays * len(STATES[config.optimizer.name])) + (
         4 * moved if config.optimizer.name == "adamw" else 0
     )
     averages = 4 * stays * len(kinds(config.ema))
@@ -254,7 +254,7 @@ def swapped(
     parts = [[-(-size // world) for size in group] for group in by_rate(config, trained).values()]
     sizes = [size for group in parts for size in cut(group, zero["sub_group_size"])]
     away = [size for size in sizes if size >= least]
-    kept = 1 + STATES[config.optimizer.name] + len(kinds(config.ema))
+    kept = 1 + len(STATES[config.optimizer.name]) + len(kinds(config.ema))
     files = sum(4 * -(-size // unit) * unit for size in away)
     copies = sum(-(-4 * part // 64) * 64 for group in parts for part in group)
     room = zero["offload_optimizer"]["buffer_count"] * 4 * -(-max(sizes) // unit) * unit

@@ -4,8 +4,9 @@
     STORE/prior/KEY/first-000100.jsonl  the list that a run of 100 pictures reads
     STORE/prior/KEY/facts.json  uses/   what they are, and which runs read them
 
-KEY is a hash of all that a picture depends on. So none that is there is ever stale, a run that asks for more
-draws only those that are missing, and one that asks for fewer reads the first of them. `fill` draws them.
+KEY is a hash of the weights, the prompt and how it is drawn, but not of the arithmetic: a run in bf16 reads
+what one in fp32 drew. So none that is there is ever stale, a run that asks for more draws only those that are
+missing, and one that asks for fewer reads the first of them. `fill` draws them.
 """
 
 import json

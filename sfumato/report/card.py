@@ -10,6 +10,7 @@ from PIL import Image
 
 from sfumato.config import Config
 from sfumato.drawing.grid import grid
+from sfumato.drawing.pictures import CONDITIONS, LIST
 from sfumato.report.curve import curve
 from sfumato.report.public import clean, flat, literal, on_hub, plain, settings, short, toml
 
@@ -17,8 +18,6 @@ FILES = ("README.md", "curve.png", "drawn.png")
 """What a card consists of."""
 HERE = 'model = "."  # this folder'
 """The line of a card's code that says where the model lies."""
-CONDITIONS = "conditions"
-"""The folder beside those of the previews that holds what a ControlNet was shown."""
 PICTURE = 512
 """The longest side of a preview in a card, in pixels."""
 MACHINE = ("name", "output", "data.store", "data.workers", "data.worker_timeout")
@@ -59,7 +58,7 @@ def write(
         "## How to draw with it\n",
         f"```python\n{code(config, facts)}```\n",
         "## How it was trained\n",
-        table(config, state),
+        table(config),
         *shown,
         data_line(config, state),
         software(run),
@@ -166,7 +165,7 @@ def code(config: Config, facts: Mapping[str, Any]) -> str:
     return "\n".join([*sorted(imports), "", *lines]) + "\n"
 
 
-def table(config: Config, state: Mapping[str, Any]) -> str:
+def table(config: Config) -> str:
     """The settings that are not the usual ones, and a few that are always told."""
     said = {name: value for name, value in settings(config) if name not in MACHINE}
     every = dict(flat(config.model_dump(mode="json")))
@@ -259,6 +258,6 @@ def conditions(folder: Path, count: int) -> list[Image.Image]:
 def pictures(folder: Path) -> list[tuple[str, Image.Image]]:
     """Prompt and picture of each preview of a step."""
     # Not splitlines, for which letters of a prompt may end a line.
-    lines = (folder / "drawings.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = (folder / LIST).read_text(encoding="utf-8").split("\n")
     told = [json.loads(line) for line in lines if line]
     return [(line["prompt"], Image.open(folder / line["file"]).convert("RGB")) for line in told]

@@ -24,15 +24,15 @@ class Profile:
         self.lines: Any = None
         if not engine.ranks.first or self.wanted == type(self.wanted)():
             return
+        if self.wanted.breakdown or self.wanted.flops:  # which both make it print at each step
+            engine.deepspeed.timers.log = self.tell_breakdown
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.wanted.breakdown:
                 self.lines = (self.folder / "breakdown.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             tell(f"{self.folder} cannot be written: {error.strerror or error}; nothing is profiled")
-            return
-        if self.wanted.breakdown or self.wanted.flops:  # which both make it print at each step
-            engine.deepspeed.timers.log = self.tell_breakdown
+            self.wanted = type(self.wanted)()
         self.step()
 
     def step(self) -> None:

@@ -180,7 +180,7 @@ if __name__ == "__main__":
         from sfumato.launch import hosts
 
         words = [sys.executable, __file__, "node", *sys.argv[3:]]
-        sys.exit(guarded(lambda: hosts.run(Path(sys.argv[2]), words, None, Path(sys.argv[4]))))
+        sys.exit(guarded(lambda: hosts.run(Path(sys.argv[2]), words, None)))
     if sys.argv[1] == "node":  # what DeepSpeed's launcher has started for a hostfile
         from sfumato.launch import become
 

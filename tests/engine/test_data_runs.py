@@ -94,6 +94,20 @@ def test_a_wrong_cache_is_seen(place: Path, alone: dict[str, list[float]]) -> No
             check_same({"live": alone["laion_sx-none"], broken.__name__: found})
 
 
+def test_a_store_of_means_serves_no_run_that_samples(place: Path, alone: dict[str, list[float]]) -> None:
+    asked = (("images", "mean"), ("images", "sample"), ("none", "mean"))
+    jobs = [
+        settings(place, "laion_sx", f"{posterior}-of-{cached}", data__cache=cached, data__posterior=posterior)
+        for cached, posterior in asked
+    ]
+    for values in jobs:
+        values["data"]["store"] = str(place / "means")
+    means, samples, live = train(jobs)
+    check_same({"live": live, "means": means})
+    check_same({"live": alone["laion_sx-none"], "samples": samples})
+    assert means != pytest.approx(samples, abs=1e-5)
+
+
 def uncropped_cache(values: dict[str, Any]) -> list[float]:
     """A cache whose keys do not cover the cut, as peers' do not."""
     from sfumato.data.cached import Cached

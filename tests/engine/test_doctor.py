@@ -46,6 +46,13 @@ class Longer(Engine):
         super().backward(losses * self.ranks.world)
 
 
+class Exact(Engine):
+    """Arithmetic in fp32 where bf16 is asked for."""
+
+    def _cast(self, forward: Any) -> Any:
+        return forward
+
+
 def settings(place: Path, **changes: Any) -> Config:
     from sfumato.config import parse
 
@@ -77,6 +84,7 @@ def at_all(place: str) -> dict[str, Any]:
         "twice": (settings(folder), Twice),
         "alone": (settings(folder, engine__zero_stage=0), Alone),
         "longer": (settings(folder), Longer),
+        "exact": (settings(folder, engine__zero_stage=0, engine__precision="bf16"), Exact),
     }
     for name, (config, kind) in cells.items():
         told[name] = texts(parity.look(rounds, config, toy, kind))
@@ -144,6 +152,10 @@ def test_a_wrong_gradient_is_bad(told: dict[str, Any], broken: str) -> None:
     assert "off plain torch's (at most 1e-05)" in told[broken][0]
     if broken == "longer":
         assert "2 times as long, in its direction" in told[broken][0]
+
+
+def test_fp32_in_place_of_bf16_is_told(told: dict[str, Any]) -> None:
+    assert told["exact"][0].startswith("bad: it is fp32's"), told["exact"]
 
 
 def test_a_rank_with_other_files_is_told(told: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """LoRA: starts as the identity, learns alone, is the same at every stage, and stock pipelines load it."""
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from safetensors.torch import load_file
 from sfumato import methods, models
 from sfumato.config import parse
 from sfumato.engine import checkpoint
+from sfumato.engine.engine import Engine
 from sfumato.errors import UserError
 from sfumato.export import export as export_again
 from sfumato.methods.lora import LoRA
 from sfumato.methods.method import Trained
+from sfumato.models import quantized
 from sfumato.models.quantized import quantize
 from tests.engine import runs, toys
 from tests.engine.ranks import run_ranks
@@ -220,6 +224,36 @@ def test_over_a_base_of_few_bits(place: Path) -> None:
         losses = [line["loss"] for line in lines]
         assert losses != [line["loss"] for line in whole]
         assert losses == pytest.approx([line["loss"] for line in whole], rel=0.05)
+
+
+def check_packed(job: dict[str, Any]) -> None:
+    """A run in which nothing holds on to a weight that was packed."""
+    packed: list[weakref.ref[torch.Tensor]] = []
+    real, step = quantized.quantize, Engine.step
+
+    def seen(net: torch.nn.Module, bits: int) -> None:
+        before = [layer for layer in net.modules() if type(layer) is torch.nn.Linear]
+        weights = [
+            layer.weight for layer in before if layer.weight.numel() and not layer.weight.requires_grad
+        ]
+        real(net, bits)
+        kept = {id(parameter) for parameter in net.parameters()}
+        packed.extend(weakref.ref(weight) for weight in weights if id(weight) not in kept)
+
+    def stepped(self: Engine) -> bool:
+        gc.collect()
+        assert packed and not any(weight() is not None for weight in packed), "whole weights are kept"
+        return step(self)
+
+    quantized.quantize, Engine.step = seen, stepped  # type: ignore[assignment, method-assign]
+    runs.train_bare([job])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_packed_base_takes_the_place_of_the_whole_one(place: Path, stage: int) -> None:
+    job = settings(place, "sd", "plain", f"packed-{stage}", engine__zero_stage=stage, ema__enabled=False)
+    job["method"]["base_bits"] = 4
+    run_ranks(check_packed, 1, job, timeout=200)
 
 
 def linear_bytes(net: torch.nn.Module) -> int:

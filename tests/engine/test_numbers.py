@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato.bench.gates.paper import replaced
 from sfumato.engine import optimizer
+from sfumato.engine.engine import Engine
 from tests.engine import toys
 from tests.engine.ranks import run_ranks
 
@@ -160,6 +161,38 @@ def test_at_stage_3_the_weights_have_the_runs_format_on_every_cpu() -> None:
 def test_catches_a_format_that_deepspeed_changes() -> None:
     (found,) = run_ranks(formats, 1, True)
     assert found["fp32", True] == {torch.float32} and found["fp32", False] == {torch.bfloat16}
+
+
+def arithmetic(inside: bool) -> set[torch.dtype]:
+    """What convolutions answer at stage 0 in bf16, where DeepSpeed sees autocast as it does on a GPU."""
+    seen: set[torch.dtype] = set()
+    real, cast, call = torch.is_autocast_enabled, Engine._cast, Engine.__call__
+
+    def around(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(self, *args, **kwargs)
+
+    torch.is_autocast_enabled = lambda kind="cpu": real(kind)  # it asks of CUDA where no kind is named
+    if not inside:
+        Engine._cast, Engine.__call__ = lambda self, forward: forward, around  # type: ignore[method-assign]
+    try:
+        engine = toys.make(toys.config(engine__zero_stage=0, engine__precision="bf16"))
+        for layer in engine.deepspeed.module.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(lambda layer, given, answer: seen.add(answer.dtype))
+        assert toys.one_step(engine, 0)
+    finally:
+        torch.is_autocast_enabled = real
+        Engine._cast, Engine.__call__ = cast, call  # type: ignore[method-assign]
+    return seen
+
+
+def test_bf16_at_stage_0_computes_in_bf16_on_a_gpu() -> None:
+    assert run_ranks(arithmetic, 1, True) == [{torch.bfloat16}]
+
+
+def test_catches_an_autocast_that_deepspeed_switches_off() -> None:
+    assert run_ranks(arithmetic, 1, False) == [{torch.float32}]
 
 
 def check_mean_loss(told: float, losses: Tensor) -> None:

@@ -206,6 +206,12 @@ def other_optimizer(folder: Path) -> None:
             steps(anew, 1)
             states = anew.deepspeed.basic_optimizer.state.values()
             assert {float(state["step"]) for state in states} == {1.0}, "Adam did not begin anew"
+    path = checkpoint.save(anew, folder / "begun-late", {}, keep=1)
+    late = toys.make(toys.config(**ADAM, ema__enabled=True))
+    checkpoint.load(late, checkpoint.Saved(path))
+    assert late.step_count == 4, "two steps of Adam, one of SGD, and one of Adam again"
+    states = late.deepspeed.basic_optimizer.state.values()
+    assert {float(state["step"]) for state in states} == {1.0}, "Adam counts steps that were not its own"
 
 
 def on_two(folder: Path) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_a_hostfile_without_pdsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "hosts").write_text("a slots=8\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="found: there is no pdsh here"):
-        hosts.run(tmp_path / "hosts", ["x"], None, tmp_path)
+        hosts.run(tmp_path / "hosts", ["x"], None)
 
 
 def test_a_folder_that_deepspeed_would_cut_at_its_space(

@@ -74,6 +74,9 @@ def on_paper(model: Path) -> dict[str, Any]:
     again = {"gradient_checkpointing": True}
     recomputing = config.model_copy(update={"engine": config.engine.model_copy(update=again)})
     found["recomputing"] = figures_of(config, ours.count(recomputing, facts, SIZE))
+    timer = {"deepspeed": config.engine.deepspeed | {"timers": {"throughput": {"enabled": True}}}}
+    timed = config.model_copy(update={"engine": config.engine.model_copy(update=timer)})
+    found["timed"] = figures_of(config, ours.count(timed, facts, SIZE))
     return found
 
 
@@ -101,11 +104,11 @@ def sent() -> dict[int, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("name", [*BROKEN, "recomputing"])
+@pytest.mark.parametrize("name", [*BROKEN, "recomputing", "timed"])
 def test_a_worse_step_is_caught(name: str) -> None:
     good = papers()[""]
     assert not gates.broken(good, good)
-    gate = "flops" if name == "recomputing" else name
+    gate = {"recomputing": "flops", "timed": "waits"}.get(name, name)
     assert any(line.startswith(f"{gate} is ") for line in gates.broken(papers()[name], good))
 
 

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from sfumato.config import Config
+from sfumato.data.batch import Fault
 from sfumato.data.loader import Loader
 from sfumato.data.sources import Span
 from sfumato.errors import UserError
@@ -39,6 +41,7 @@ def test_a_truncated_picture_is_replaced_and_told(tmp_path: Path, workers: int) 
     lines = (config.folder / "faults" / "rank-0.jsonl").read_text().splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["name"] == "004.png", "told more than once"
     assert make(config).bad == loader.bad == 1, "a second start forgets it"
+    check_half_a_line(config)
     after = samples(batches)
     assert after.keys() == before.keys(), "the order has moved"
     bad = [name for name in after if name[0] == 4]
@@ -49,6 +52,18 @@ def test_a_truncated_picture_is_replaced_and_told(tmp_path: Path, workers: int) 
     with pytest.raises(UserError, match=r"(?s)1 could not be read; the last is 004\.png.*max_faults"):
         steps(make(strict), 0, 3)
     assert not active_children()
+
+
+def check_half_a_line(config: Config) -> None:
+    """A start that was killed in the middle of a line spoils neither the ones before nor the next."""
+    file = config.folder / "faults" / "rank-0.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + whole[:9])
+    lenient = config.model_copy(update={"data": config.data.model_copy(update={"max_faults": 1.0})})
+    loader = make(lenient)
+    loader.note([Fault("005.png", "another")])
+    assert make(lenient).bad == loader.bad == 2
+    file.write_text(whole)
 
 
 def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path) -> None:

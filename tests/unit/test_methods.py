@@ -1,18 +1,21 @@
 """Full training trains the denoiser, and the text encoders if asked, from files or from random numbers."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sfumato import config, methods, models
+from sfumato.config import Config
 from sfumato.data.batch import Batch, Draws
 from sfumato.engine.weights import WeightFiles
-from sfumato.methods import Method
+from sfumato.methods import METHODS, Method
 from sfumato.methods.full import Full
 from sfumato.models.parts import Parts
+from sfumato.planner import costs
+from sfumato.report import card
 from tests.unit import twins
 
 
@@ -145,3 +148,10 @@ def test_all_of_the_text_encoders_that_the_answer_depends_on_learns(live: Method
     frozen = [name for name, p in parts.named_parameters() if not p.requires_grad]
     assert bool(frozen) == (len(live.text) == 2), "SDXL does not read the first encoder's last layer"
     assert all(name.startswith("text_encoder.") for name in frozen)
+
+
+def test_a_kind_is_known_wherever_kinds_count() -> None:
+    """A method that is missing on one of them would be found out at the end of its first run."""
+    union = get_args(Config.model_fields["method"].annotation)
+    said = {get_args(kind.model_fields["kind"].annotation)[0] for kind in union}
+    assert said == set(METHODS) == set(card.KINDS) == set(costs.LAUNCHED)

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Barrier
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -153,6 +156,42 @@ def test_a_damaged_export_costs_no_step(tmp_path: Path) -> None:
     assert step == 10 and "export.damaged: model.safetensors does not hold" in lines[0]
     assert (path / "export.damaged" / "README.md").is_file()
     assert latest(asked) == (10, ["goes on from step-000010"])
+
+
+class Late(NamedTuple):
+    """One of two ranks in threads; the second one is held up after each exchange."""
+
+    rank: int
+    said: list[Any]
+    meeting: Barrier
+    world: int = 2
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.said[self.rank] = value
+        self.meeting.wait()
+        found = [*self.said]
+        self.meeting.wait()
+        time.sleep(0.3 * self.rank)
+        return found
+
+
+def test_a_damaged_export_is_set_aside_by_all_ranks_together(tmp_path: Path) -> None:
+    """The first one renames it while the second one may not have looked."""
+    path = save(config(tmp_path), 10)
+    (path / "export").mkdir()
+    saved.write(path / "export" / "model.safetensors", {"a": torch.ones(3)})
+    told = published.read_manifest(path)
+    published.write_manifest(path, told | {"export": published.listed(path / "export")})
+    flip(path / "export" / "model.safetensors", -1)
+    said, meeting = [None, None], Barrier(2, timeout=5)
+    with ThreadPoolExecutor(2) as ranks:
+        places: Any = [Late(rank, said, meeting) for rank in (0, 1)]
+        found = [*ranks.map(lambda place: run.whole(path, place, run.silent), places)]
+    assert [each.step for each in found if each] == [10, 10]
 
 
 HARMLESS = {

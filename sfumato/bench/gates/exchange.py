@@ -106,7 +106,7 @@ def on_two_ranks() -> list[dict[str, Any]]:
         model, file = Path(scratch) / "model", Path(scratch) / "found.json"
         family_class("sd").tiny(model)
         env = {**os.environ, **tuning.missing(os.environ, world), "WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", "sfumato.bench.gates.exchange", str(model), str(file)]
         logs = [Path(scratch) / f"{rank}.log" for rank in range(world)]
         ranks = []

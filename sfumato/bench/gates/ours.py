@@ -22,6 +22,9 @@ from sfumato.models.unscaled import scale
 from sfumato.objective import Objective
 from sfumato.planner.trace import trace
 
+STEP = 3
+"""The step that is counted: the first makes the optimizer's states, and DeepSpeed's throughput timer, where it
+is on, waits for the device from the third one on."""
 CARDS = 8
 """The most ranks that a preset is thought of on: its words say 8 GPUs."""
 
@@ -65,7 +68,7 @@ def model_flops(config: Config, facts: Facts, size: tuple[int, int]) -> int:
 
 
 def count(config: Config, facts: Facts, size: tuple[int, int]) -> Counts:
-    """The second step of a run on paper; the first makes the optimizer's states.
+    """A step of a run on paper; see STEP.
 
     config: as `as_counted` gives it. The loop's lines are counted, its log's are not.
     """
@@ -75,7 +78,7 @@ def count(config: Config, facts: Facts, size: tuple[int, int]) -> Counts:
         engine, objective = start_of(config, ranks, method, Numbers(PAPER))
         made = batch_of(config, method.family, size, config.micro_batch_size, zeros)
         batch = packed(made).opened(copy=False)  # as a worker hands it over
-        for _ in range(2):
+        for _ in range(STEP):
             step(counting, engine, method, objective, batch)
     return counts_of(counting)
 
@@ -113,7 +116,7 @@ def held_by(engine: Engine, family: Family) -> list[Tensor]:
 
 
 def count_example(config: Config, facts: Facts, size: tuple[int, int]) -> Counts:
-    """The second step of diffusers' example for the same work, in one process; fp16 is counted as bf16."""
+    """The same step of diffusers' example for the same work, in one process; fp16 is counted as bf16."""
     engine = config.engine.model_copy(update={"precision": "bf16"})
     config = config.model_copy(update={"engine": engine})
     counting = Counting()
@@ -123,7 +126,7 @@ def count_example(config: Config, facts: Facts, size: tuple[int, int]) -> Counts
         if held_parts(config)[0]:
             scale(method.family.vae)  # nobody else's here
         batch = batch_of(config, method.family, size, config.micro_batch_size, zeros)
-        for _ in range(2):
+        for _ in range(STEP):
             counting.begin()
             example.step(batch)
     return counts_of(counting)

@@ -25,16 +25,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sfumato.bench.gpu.ceilings import ceilings, datasheet, share
+from sfumato.bench.gpu.ceilings import ceilings, share
 from sfumato.bench.gpu.rows import ROWS, Row, config_of, family_of
 from sfumato.bench.gpu.timing import measure
 from sfumato.bench.machine import machine
-from sfumato.device import accelerator, kind, name_of
+from sfumato.device import kind, name_of
 from sfumato.engine.ranks import Ranks, start
 from sfumato.errors import UserError
 from sfumato.models import family_class
 from sfumato.planner.architectures import facts_of
-from sfumato.planner.devices import Device, like
+from sfumato.report.flops import peak_of
 
 BUDGET = 570.0
 """Seconds for all of it."""
@@ -54,12 +54,14 @@ def run(toy: bool, out: Path | None, budget: float = BUDGET) -> dict[str, Any]:
     end = time.monotonic() + budget
     ranks = start(600)
     log = Console(stderr=True)
-    known = card(ranks)
     found: dict[str, Any] = {"format": 1, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     found |= {"device": name_of(ranks.device), "toy": toy, "machine": machine()}
     log.print("ceilings")
     found["ceilings"] = ceilings(ranks.device, toy)
-    found["peak"] = {"measured": found["ceilings"]["matmul"], "datasheet": datasheet(known)}
+    found["peak"] = {
+        "measured": found["ceilings"]["matmul"],
+        "datasheet": peak_of(name_of(ranks.device), "bf16"),
+    }
     found["rows"] = []
     with TemporaryDirectory(prefix="sfumato-gpu-") as scratch:
         models = None
@@ -80,11 +82,6 @@ def run(toy: bool, out: Path | None, budget: float = BUDGET) -> dict[str, Any]:
         if "skipped" in row:
             console.print(f"{row['name'].strip()}: {row['skipped']}", highlight=False, markup=False)
     return found
-
-
-def card(ranks: Ranks) -> Device | None:
-    """The card among those whose datasheet is known; None on a CPU."""
-    return None if kind() == "cpu" else like(accelerator().total_memory(), name_of(ranks.device))
 
 
 def taken(

@@ -11,7 +11,6 @@ from torch import Tensor
 from sfumato.device import synchronize
 from sfumato.models.attention import fault
 from sfumato.models.fastest import CANDIDATES
-from sfumato.planner.devices import Device
 
 SHAPES = {"self 64x64": (10, 4096, 4096), "self 32x32": (20, 1024, 1024), "text 64x64": (10, 4096, 77)}
 """SDXL's attention at 1024 pixels: heads, queries, keys; a head is WIDTH wide."""
@@ -99,8 +98,3 @@ def attention(
 def share(flops: float | None, peak: float | None) -> float | None:
     """MFU; None where either is not known."""
     return None if flops is None or not peak else flops / peak
-
-
-def datasheet(known: Device | None) -> float | None:
-    """The peak of half precision that the card is sold with, FLOP/s."""
-    return None if known is None else known.half * 1e12

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from sfumato.drawing.pictures import CONDITIONS, LIST
 from sfumato.report.page.lines import Rows
 from sfumato.report.page.record import entries
 
@@ -17,7 +18,6 @@ MOST = 240  # pictures of a page
 BYTES = 3_500_000  # of all of them, as text
 PROMPTS = 24  # of a set
 PIXELS = 2**26  # of a picture that is opened
-LIST, CONDITIONS = "drawings.jsonl", "conditions"
 Key = tuple[str, str, int]
 """A prompt, its seed, and which of those with both alike."""
 Small = tuple[str, int, int]
