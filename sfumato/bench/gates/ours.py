@@ -23,8 +23,8 @@ from sfumato.objective import Objective
 from sfumato.planner.trace import trace
 
 STEP = 3
-"""The step that is counted: the first makes the optimizer's states, and DeepSpeed's throughput timer, where it
-is on, waits for the device from the third one on."""
+"""The step that is counted: the first makes the optimizer's states, and DeepSpeed's throughput timer, where
+it is on, waits for the device from the third one on."""
 CARDS = 8
 """The most ranks that a preset is thought of on: its words say 8 GPUs."""
 
