@@ -1,7 +1,6 @@
 """A run's folder: what was asked, what it became, on what it runs, and where it can go on."""
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import json
@@ -9,34 +8,22 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sfumato.config import FASTEST, Config, parse
+from sfumato.changes import check_accepted, compared
+from sfumato.config import Config
 from sfumato.data.index import Index
 from sfumato.engine import checkpoint, published
 from sfumato.engine.content import versions
 from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
+from sfumato.models.folder import Facts, frozen_files, learned
+from sfumato.models.identity import sampled
 from sfumato.variables import recorded
 
-FREE = frozenset(
-    {"name", "output", "steps", "micro_batch_size", "engine", "checkpoint", "preview", "log", "export"}
-    | {"time_limit", "bad_numbers", "ema.snapshots", "environment", "validation", "profile"}
-    | {"data.source", "data.workers", "data.worker_timeout", "data.store", "data.cache", "data.max_faults"}
-    | {"data.prior.source"}
-    | {"model.weights", "model.vae", "model.variant"}
-)
-"""Settings that may change between two starts of one run: they do not move its curve. That the data are the
-same is seen from their fingerprint."""
-BASE = {"model.weights", "model.variant"}
-"""Settings that may change where the checkpoint holds the whole denoiser, but not where the rest is read
-from them at every start."""
-DATA = "data"
-"""The word in checkpoint.accept for other data."""
-WANTED = "checkpoint.accept"
 LOCK = ".lock"
 """The file in a run's folder that the first rank of the run holds."""
 PATIENCE = 30.0
@@ -107,13 +94,18 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def latest(
-    config: Config, fingerprint: str, place: Ranks, tell: Callable[[str], None]
+    config: Config,
+    fingerprint: str,
+    place: Ranks,
+    tell: Callable[[str], None],
+    frozen: str | None = None,
 ) -> checkpoint.Saved | None:
     """The newest whole checkpoint of the run's folder, None before the first; all ranks call it together.
 
     Every file's sum is taken, each on one of the ranks. A damaged checkpoint is set aside, and the one before
-    it is taken. tell: hears on the first rank what was mended, and which settings changed. Raises UserError
-    if no checkpoint is whole, or the newest is another run's.
+    it is taken. fingerprint: of the data. tell: hears on the first rank what was mended, and which settings
+    changed. frozen: as the function of that name says. Raises UserError if no checkpoint is whole, or the
+    newest is another run's.
     """
     check_accepted(config)
     folder, averages = config.folder / "checkpoints", config.folder / "averages"
@@ -128,11 +120,20 @@ def latest(
             on_first(place, averages, lambda: aside(averages), say)
             return None
         saved = whole(published.path_of(folder, newest), place, say)
-    for line in compared(config, fingerprint, saved):
+    for line in compared(config, fingerprint, frozen, saved):
         say(line)
     step = saved.step
     on_first(place, averages, lambda: published.forget_after(averages, step), say)
     return saved
+
+
+def frozen(config: Config, facts: Facts, place: Ranks) -> str:
+    """What tells whether what each start reads and none trains is the same; all ranks call it together."""
+    learns = {learned(facts.components)} if config.method.kind == "full" else set[str]()
+    if config.method.kind == "full" and config.learns_text:
+        learns |= set(facts.needs)
+    files = frozen_files(facts, config.model, learns)
+    return str(together(place, lambda: sampled(files) if place.first else None)[0])
 
 
 def on_first(place: Ranks, what: Path, act: Callable[[], list[str]], say: Callable[[str], None]) -> None:
@@ -220,81 +221,3 @@ def nothing_whole(config: Config, aside: list[str]) -> UserError:
         f"none of its checkpoints is whole: {', '.join(aside)}",
         f"put a whole one into {config.folder / 'checkpoints'}, or begin at step 0: move that folder away",
     )
-
-
-def compared(config: Config, fingerprint: str, saved: checkpoint.Saved) -> list[str]:
-    """What to tell of the settings that differ from a checkpoint's. UserError if one may not.
-
-    A setting that the checkpoint does not know had its default.
-    """
-    try:
-        known = parse(saved.state["config"]).model_dump(mode="json")
-    except UserError:
-        known = saved.state["config"]
-    if config.engine.attention == FASTEST and isinstance(known["engine"].get("attention"), dict):  # kept
-        known = known | {"engine": known["engine"] | {"attention": FASTEST}}
-    changes = dict(differences(known, config.model_dump(mode="json")))
-    changes.pop(WANTED, None)
-    if saved.state["data"] != fingerprint:
-        changes[DATA] = "the data are not those that it was trained on, or others are held out"
-    accepted = config.checkpoint.accept
-    harmful = [
-        f"{name}: {text}" for name, text in changes.items() if not (free(name, config) or name in accepted)
-    ]
-    if saved.step > config.steps:
-        harmful.append(f"it is at step {saved.step}, beyond steps = {config.steps}")
-    if harmful:
-        names = [text.split(":")[0] for text in harmful if ":" in text]
-        raise UserError(
-            f"to go on with the run in {config.folder} from step {saved.step}",
-            "\n       ".join(harmful),
-            "put these back, or give the new run another name"
-            + (f"; or, if you mean it, set checkpoint.accept = {json.dumps(names)}" if names else ""),
-        )
-    said = [f"goes on from {saved.path.name}"]
-    said += [f"changed: {name}: {text}" for name, text in changes.items()]
-    said += [
-        f"checkpoint.accept names {name}, which did not change" for name in accepted if name not in changes
-    ]
-    return said
-
-
-def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names of the settings that differ, with both values; of tables of two kinds, the kind alone."""
-    tables = isinstance(before, dict) and isinstance(now, dict)
-    if tables and (before.get("kind") == now.get("kind") or before.keys() == now.keys()):
-        for key in sorted(before.keys() | now.keys()):
-            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif tables:
-        yield f"{name}.kind", f"{before.get('kind')!r} -> {now.get('kind')!r}"
-    elif before != now:
-        yield name, f"{before!r} -> {now!r}"
-
-
-def check_accepted(config: Config) -> None:
-    """Raise UserError for a name in checkpoint.accept that is no setting's."""
-    names = flat(config.model_dump(mode="json"))
-    tables = {name.rpartition(".")[0] for name in names}
-    known = {DATA, *names, *tables}
-    for name in config.checkpoint.accept:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            do = f'write "{near[0]}"' if near else 'write names as in docs/config.md, such as "optimizer.lr"'
-            raise UserError(f'checkpoint.accept = ["{name}"]', "no setting is called that", do)
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names."""
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
-
-
-def free(name: str, config: Config) -> bool:
-    """Whether a setting may change between two starts of one run."""
-    if name == "engine.precision" or (name in BASE and config.method.kind != "full"):
-        return False
-    if name == "steps" and config.optimizer.schedule != "constant":
-        return False  # the learning rate falls over all of them
-    return name in FREE or name.split(".")[0] in FREE

@@ -47,7 +47,8 @@ def train(config: Config) -> Path:
         place, plan = start.begin(config, planned=True)
         config = start.settled(config, plan)
         held.enter_context(run.alone(config.folder, place))
-        saved = run.latest(config, plan.fingerprint, place, print)
+        frozen = run.frozen(config, plan.facts, place)
+        saved = run.latest(config, plan.fingerprint, place, print, frozen)
         starts = held.enter_context(accounted(config, place, began, saved.step if saved else 0))
         config = start.with_kernels(config, plan, place, saved)
         if place.first:
@@ -73,12 +74,14 @@ def train(config: Config) -> Path:
             "data": plan.fingerprint,
             "records": plan.records,
             "family": plan.facts.family,
+            "frozen": frozen,
         }
         with (
             Telling(config, engine, starts, plan.cells.sizes, family.vae_factor) as told,
             Watch(place, config.engine.timeout) as watch,
             Writer(engine, facts, told.note, beside(config, family, told.note, place.first)) as writer,
             stopping.together(place, config.engine.timeout + MARGIN),
+            loader.watched(),
         ):
             saves = {"checkpoint": config.checkpoint.every, "averages": config.ema.snapshots}
             mishaps = Mishaps(config, place, told.note, plan.index.name)

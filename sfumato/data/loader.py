@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from math import ceil
@@ -36,6 +36,10 @@ from sfumato.device import kind
 from sfumato.errors import UserError
 
 STUCK = 5.0  # seconds for a killed worker to be gone
+UNREAD = (
+    "see whether the files can be read in time and whether memory is short; data.worker_timeout is the time "
+    "allowed in seconds, data.workers = 0 loads in the training process"
+)
 MOST_AHEAD = 64  # micro-batches made ahead; each waits as an open file, and in memory
 
 
@@ -175,12 +179,16 @@ class Loader:
         new = [fault for fault in faults if fault.name not in self.faults]
         if not new:
             return
-        self.list.parent.mkdir(parents=True, exist_ok=True)
-        # A kill in the middle of a line must not spoil the next one.
-        torn = self.list.exists() and self.list.read_bytes()[-1:] not in (b"", b"\n")
-        with self.list.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn)
-            file.writelines(json.dumps(fault._asdict()) + "\n" for fault in new)
+        try:
+            self.list.parent.mkdir(parents=True, exist_ok=True)
+            # A kill in the middle of a line must not spoil the next one.
+            torn = self.list.exists() and self.list.read_bytes()[-1:] not in (b"", b"\n")
+            with self.list.open("a", encoding="utf-8") as file:
+                file.write("\n" * torn)
+                file.writelines(json.dumps(fault._asdict()) + "\n" for fault in new)
+        except OSError as error:
+            told = "; ".join(f"{fault.name}: {fault.reason}" for fault in new)
+            print(f"{self.list} cannot be written: {error.strerror or error}; training goes on; {told}")
         self.faults.update(fault.name for fault in new)
         most = self.config.data.max_faults * len(self.index)
         if len(self.faults) > most:
@@ -190,6 +198,16 @@ class Loader:
                 f"mend those listed in {self.list}, or allow more with data.max_faults",
             )
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it a worker that dies while something else is done is a UserError, too."""
+        try:
+            yield
+        except RuntimeError as error:  # which torch raises wherever the signal finds this process
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(f"the data on rank {self.rank}", str(error), UNREAD) from error
+
     def late(self, step: int, micro: int, found: str) -> UserError:
         """The error for a micro-batch that does not come."""
         mine = self.share(step, micro)
@@ -197,8 +215,7 @@ class Loader:
         return UserError(
             f"the data of step {step} on rank {self.rank}: {', '.join(map(self.index.name, ids))}",
             found,
-            "see whether these files can be read in time and whether memory is short; data.worker_timeout is "
-            "the time allowed in seconds, data.workers = 0 loads in the training process",
+            UNREAD,
         )
 
 

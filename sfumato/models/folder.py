@@ -4,6 +4,7 @@ Everything that can be wrong with the weights is found here, before a model is l
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ from sfumato.errors import UserError
 from sfumato.models.hub import download, is_hub_id
 from sfumato.models.registry import families, which_family
 
-__all__ = ["Facts", "examine", "families", "learned", "locate", "read_facts", "read_json", "weight_files"]
+__all__ = [
+    "Facts",
+    "examine",
+    "families",
+    "frozen_files",
+    "learned",
+    "locate",
+    "read_facts",
+    "read_json",
+    "weight_files",
+]
 
 Components = dict[str, tuple[str, str]]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -187,6 +198,18 @@ def check_parts(facts: Facts, model: config.Model) -> None:
     if not model.from_scratch:
         weight_files(facts.folder, learned(facts.components), model.variant)
     safetensors(facts.vae_folder, STEMS["diffusers"], model.variant if model.vae is None else None)
+
+
+def frozen_files(facts: Facts, model: config.Model, learns: Collection[str]) -> list[Path]:
+    """The configs and weights of the denoiser, the VAE and the text encoders that are read and not trained.
+
+    learns: the parts that do.
+    """
+    texts = [part for part in facts.needs if part.startswith("text_encoder")]
+    parts = [part for part in (learned(facts.components), *texts) if part not in learns]
+    files = [facts.vae_folder / "config.json", *(facts.folder / part / "config.json" for part in parts)]
+    files += safetensors(facts.vae_folder, STEMS["diffusers"], model.variant if model.vae is None else None)
+    return files + [file for part in parts for file in weight_files(facts.folder, part, model.variant)]
 
 
 def check_words(tokenizer: Path) -> None:

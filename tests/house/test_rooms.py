@@ -25,7 +25,7 @@ ROOMS = (
     ("methods",),
     ("engine",),
     (
-        *("check", "drawing", "export", "mishaps", "planner", "previews", "prior"),
+        *("changes", "check", "drawing", "export", "mishaps", "planner", "previews", "prior"),
         *("report", "run", "slurm", "stopping", "validation", "watch"),
     ),
     ("start",),

@@ -63,6 +63,11 @@ def check_half_a_line(config: Config) -> None:
     loader = make(lenient)
     loader.note([Fault("005.png", "another")])
     assert make(lenient).bad == loader.bad == 2
+    file.unlink()
+    file.mkdir()  # a list that cannot be written
+    loader.note([Fault("003.png", "a third")])
+    assert loader.bad == 3
+    file.rmdir()
     file.write_text(whole)
 
 
@@ -104,6 +109,20 @@ def test_killed_worker_ends_in_an_error(tmp_path: Path) -> None:
     loader = odd(text_folder(tmp_path, 6), lambda: os.kill(os.getpid(), signal.SIGKILL), workers=2)
     with pytest.raises(UserError, match=r"(?s)the data of step 0.*DataLoader worker"):
         list(islice(loader.steps_from(0), 3))
+    assert not active_children()
+
+
+def test_a_worker_that_is_killed_while_the_run_trains_is_told(tmp_path: Path) -> None:
+    """torch raises that out of whatever line is run at this moment."""
+    loader = make(config_of(text_folder(tmp_path, 6), workers=2))
+    stream = loader.steps_from(0)
+    next(stream)
+    with pytest.raises(UserError, match=r"(?s)the data on rank 0.*is killed by signal.*memory is short"):
+        with loader.watched():
+            active_children()[0].kill()
+            for _ in range(100):
+                time.sleep(0.1)
+    stream.close()
     assert not active_children()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sfumato import config, run
+from sfumato import changes, config
 from sfumato.config import parse
 from sfumato.config.environment import LOGIN
 from sfumato.errors import UserError
@@ -71,7 +71,7 @@ def test_it_is_set_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_it_may_change_between_two_starts() -> None:
-    assert run.free("environment.NCCL_DEBUG", parse(SMALL))
+    assert changes.free("environment.NCCL_DEBUG", parse(SMALL))
 
 
 def test_a_published_model_does_not_tell_of_it() -> None:

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sfumato import run
 from sfumato.config import Config, parse
 from sfumato.engine import published, saved
 from sfumato.engine.ranks import Ranks
 from sfumato.errors import UserError
+from sfumato.models.folder import examine
+from tests.unit import twins
 from tests.unit.test_saved import RANK, edit, flip, write_checkpoint
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -270,6 +273,42 @@ def test_other_data_are_refused_unless_named(tmp_path: Path) -> None:
         latest(config(tmp_path), "others")
     step, told = latest(config(tmp_path, checkpoint__accept=["data"]), "others")
     assert step == 10 and "data" in told[1]
+
+
+def test_other_numbers_in_what_does_not_learn_are_refused_unless_named(tmp_path: Path) -> None:
+    asked = config(tmp_path)
+    path = save(asked, 10)
+    said: list[str] = []
+    assert run.latest(asked, "data", ALONE, said.append, "these"), "an older checkpoint does not know"
+    published.write_manifest(path, published.read_manifest(path) | {"frozen": "these"})
+    assert run.latest(asked, "data", ALONE, said.append, "these")
+    with pytest.raises(UserError, match=r"(?s)frozen: weights that do not learn.*accept = \[\"frozen\"\]"):
+        run.latest(asked, "data", ALONE, said.append, "others")
+    accepted = config(tmp_path, checkpoint__accept=["frozen"])
+    assert run.latest(accepted, "data", ALONE, said.append, "others")
+    assert "changed: frozen: weights" in said[-1]
+
+
+def test_what_does_not_learn_is_known_by_its_numbers(tmp_path: Path) -> None:
+    """Wherever it lies, and whatever learns."""
+    for name in ("one", "two", "vae", "unet"):
+        twins.write("sd", tmp_path / name)
+    for part in ("vae", "unet"):
+        change(tmp_path / part / part / "diffusion_pytorch_model.safetensors")
+
+    def told(weights: str, **changes: Any) -> str:
+        asked = config(tmp_path, model__weights=str(tmp_path / weights), **changes)
+        return run.frozen(asked, examine(asked.model), ALONE)
+
+    assert told("one") == told("two") == told("unet") != told("vae")
+    assert told("one", model__vae=str(tmp_path / "vae" / "vae")) == told("vae")
+    lora = {"method__kind": "lora"}
+    assert told("one", **lora) == told("two", **lora) != told("unet", **lora)
+
+
+def change(file: Path) -> None:
+    """Other numbers in a file of weights."""
+    save_file({name: numbers + 1 for name, numbers in load_file(file).items()}, file)
 
 
 def test_an_adapter_stays_with_its_base(tmp_path: Path) -> None:

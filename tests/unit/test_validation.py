@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato import methods, run, validation
+from sfumato import changes, methods, validation
 from sfumato.check import Plan, check
 from sfumato.check.looks import turns
 from sfumato.config import Config, parse
@@ -161,7 +161,7 @@ def test_other_data_are_another_run_and_other_looks_are_not(place: Path) -> None
     apart = planned(config(place, {"source": str(place / "others")}))
     assert apart.fingerprint == plain.fingerprint and apart.records == 30
     assert "5 records of" in str(apart) and len(held_of(apart).numbers) == 5
-    assert all(run.free(f"validation{key}", config(place)) for key in ("", ".samples", ".source"))
+    assert all(changes.free(f"validation{key}", config(place)) for key in ("", ".samples", ".source"))
 
 
 def test_the_prior_is_never_held_out(place: Path) -> None:
