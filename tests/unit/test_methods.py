@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from sfumato import config, methods, models
 from sfumato.config import Config
 from sfumato.data.batch import Batch, Draws
-from sfumato.engine.weights import WeightFiles
+from sfumato.engine.ranks import Ranks
+from sfumato.engine.weights import WeightFiles, starting
 from sfumato.methods import METHODS, Method
 from sfumato.methods.full import Full
 from sfumato.models.parts import Parts
@@ -155,3 +156,29 @@ def test_a_kind_is_known_wherever_kinds_count() -> None:
     union = get_args(Config.model_fields["method"].annotation)
     said = {get_args(kind.model_fields["kind"].annotation)[0] for kind in union}
     assert said == set(METHODS) == set(card.KINDS) == set(costs.LAUNCHED)
+
+
+def test_numbers_of_another_origin_are_drawn_anew(tmp_path: Path) -> None:
+    """And those of a file that is damaged; else a run that is started again has those of its first start."""
+    drawn: list[int] = []
+
+    def draw() -> dict[str, torch.Tensor]:
+        drawn.append(0)
+        return {"a": torch.full((2,), float(len(drawn)))}
+
+    def first(origin: str) -> float:
+        weights = starting({}, draw, str, tmp_path, Ranks(0, 1, torch.device("cpu")), origin)
+        return float(weights("a", 0, 2)[0])
+
+    assert [first("one"), first("one"), first("two"), first("two")] == [1, 1, 2, 2]
+    file = tmp_path / "random.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+    assert first("two") == 3
+
+
+def test_the_origin_is_all_that_is_drawn_from(folder: Path) -> None:
+    method = full(folder, from_scratch=True)
+    before = method.origin()
+    assert full(folder, from_scratch=True).origin() == before
+    method.config = method.config.model_copy(update={"seed": 1})
+    assert method.origin() != before
