@@ -190,7 +190,7 @@ def test_a_damaged_export_is_set_aside_by_all_ranks_together(tmp_path: Path) -> 
     told = published.read_manifest(path)
     published.write_manifest(path, told | {"export": published.listed(path / "export")})
     flip(path / "export" / "model.safetensors", -1)
-    said, meeting = [None, None], Barrier(2, timeout=5)
+    said, meeting = [None, None], Barrier(2, timeout=30)
     with ThreadPoolExecutor(2) as ranks:
         places: Any = [Late(rank, said, meeting) for rank in (0, 1)]
         found = [*ranks.map(lambda place: run.whole(path, place, run.silent), places)]
