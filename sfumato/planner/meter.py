@@ -53,6 +53,15 @@ class Amount:
         return Amount(self.fixed - other.fixed, self.slope - other.slope)
 
 
+def again() -> bool:
+    """Within a backward pass: whether this is a checkpoint's second forward pass.
+
+    Autograd's own formulas run without gradients and save nothing; a checkpoint runs with them, and where a
+    layer's own autograd.Function puts them off, its hooks still wait for what is saved.
+    """
+    return torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class Meter(TorchDispatchMode):
     """Within it every operation is counted, and every new storage is followed from its birth to its end.
 
@@ -91,8 +100,7 @@ class Meter(TorchDispatchMode):
                     _counted[key] = count(*args, **kwargs, out_val=answer)
                 flops = self.amount(_counted[key])
                 self.flops += flops
-                # Autograd's own formulas run without gradients, a checkpoint's second forward pass with them.
-                if self._backward and torch.is_grad_enabled():
+                if self._backward and again():
                     self.recomputed += flops
             for tensor in shapes.tensors(answer):
                 self.number(tensor)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,17 @@ def test_the_peak_is_what_the_allocator_gives(changes: dict[str, Any]) -> None:
     settings = twin("sd", data__conditioning_column=None, **changes)
     cost = planned(settings, LARGE)
     check(cost.step_peak(2), peak(Step(settings, CPU), LARGE, 2), 0.1)
+
+
+def test_what_is_computed_again_is_not_the_models() -> None:
+    """Also where a layer's own autograd.Function computes again, without gradients."""
+    found = set()
+    for bits, checkpointing in product((None, 4, 8), (False, True, "selective")):
+        held = {"engine__precision": "bf16", "engine__gradient_checkpointing": checkpointing}
+        cost = planned(twin("sdxl", method=LORA | {"base_bits": bits}, **held), SMALL)
+        found.add(cost.model_flops)
+        assert (cost.flops > cost.model_flops) == (checkpointing is True)
+    assert len(found) == 1
 
 
 class Twice(Meter):
