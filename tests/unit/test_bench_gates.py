@@ -1,5 +1,6 @@
 """`bench gates`: each gate catches what it is there for, and paper counts what real ranks send."""
 
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -135,6 +136,26 @@ def test_the_formula_foretells_what_ranks_send(stage: int) -> None:
     assert abs(found - foretold) < 3e-3 * foretold
     half = {name: size // 2 for name, size in sent()[stage].items()}
     assert abs(exchange.sent_by(half, 2) - foretold) > 3e-3 * foretold
+
+
+def test_ranks_that_fail_take_nothing_from_the_presets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"operators": 7, "waits": {}, "copies": 0, "kept": 0, "collectives": {}}
+    row = {"preset": "sd15-full", "ours": counts, "example": None, "broken": ["flops is 2"]}
+    row |= {"flops": 1.25, "sent": 0, "foretold": 0}
+    monkeypatch.setattr(gates, "row_of", lambda *asked: row)
+
+    def fail() -> None:
+        raise RuntimeError("two ranks on a toy model ended with [1, 1]")
+
+    monkeypatch.setattr(gates, "on_two_ranks", fail)
+    out = tmp_path / "gates.json"
+    with pytest.raises(RuntimeError, match="two ranks"):
+        gates.run(["sd15-full"], out)
+    shown, written = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
+    assert "1.250" in shown and "broken: sd15-full: flops is 2" in shown
+    assert written["presets"] == [row] and "ranks" not in written
 
 
 def test_views_and_allocations_are_no_operators() -> None:

@@ -13,7 +13,7 @@ that `run` gives, and writes as JSON, format 1:
         "of_example"       our operators over the example's
         "sent"             bytes that a rank sends; "foretold" by the planner's formula
         "broken"           bounds that are not held, in words}]
-    ranks [{"stage", "collectives", "sent", "foretold"}]    real gloo ranks on a toy model
+    ranks [{"stage", "collectives", "sent", "foretold"}]    real gloo ranks on a toy model; not if they fail
 """
 
 import json
@@ -44,7 +44,8 @@ EXAMPLES = ("full", "lora", "controlnet")
 def run(names: Sequence[str], out: Path | None) -> dict[str, Any]:
     """Count, show and write it to `out` as JSON; names: presets that train, none: all of them.
 
-    Raises UserError for a preset that is not there, or draws.
+    Raises UserError for a preset that is not there, or draws; RuntimeError where the two real ranks fail,
+    after the presets were shown and written.
     """
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--json {out}", f"no folder {out.parent}", "make it, or name another file")
@@ -54,17 +55,23 @@ def run(names: Sequence[str], out: Path | None) -> dict[str, Any]:
     for name, config in wanted.items():
         log.print(f"{name}: a step of ours, and one of diffusers' example")
         found["presets"].append(row_of(name, config, facts_of(config.model)))
-    log.print("two real ranks on a toy model")
-    found["ranks"] = on_two_ranks()
     shown = Console(width=None if sys.stdout.isatty() else 140)
     shown.print(table(found["presets"]))
-    shown.print(exchanged(found["ranks"]))
     for row in found["presets"]:
         for line in row["broken"]:
             shown.print(f"broken: {row['preset']}: {line}")
+    write(found, out)
+    log.print("two real ranks on a toy model")
+    found["ranks"] = on_two_ranks()
+    shown.print(exchanged(found["ranks"]))
+    write(found, out)
+    return found
+
+
+def write(found: Mapping[str, Any], out: Path | None) -> None:
+    """What is known by now, as JSON, where that was asked for."""
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
 
 
 def are_broken(found: Mapping[str, Any]) -> bool:
