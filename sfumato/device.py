@@ -88,6 +88,20 @@ def peak_memory() -> int | None:
     return None if kind() == "cpu" else int(accelerator().max_memory_allocated())
 
 
+def memory(device: "torch.device") -> tuple[int, int]:
+    """Bytes of a device's memory that nobody holds, and all of it, as its library in torch tells.
+
+    Where that has no such question, DeepSpeed is asked, which may see what this process alone holds.
+    """
+    import torch
+
+    told = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+    if told is None:
+        return int(accelerator().available_memory() or 0), int(accelerator().total_memory() or 0)
+    free, total = told(device)
+    return int(free), int(total)
+
+
 def pinned(room: "torch.Tensor") -> "torch.Tensor":
     """The same room in memory from which a device copies without waiting; as it is where there is too little.
 

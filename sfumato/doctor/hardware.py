@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sfumato.config import Config
-from sfumato.device import accelerator, kind, name_of
+from sfumato.device import accelerator, kind, memory, name_of
 from sfumato.doctor.lines import Line, bad, good, judged, warning
 from sfumato.tuning import has_bf16
 
@@ -28,7 +28,7 @@ def lines(config: Config | None, device: torch.device) -> list[Line]:
         return [judged(low, "device", text, "set engine.precision = fp32", grave=wants(config, "bf16"))]
     seam = accelerator()
     formats = {"bf16": bool(seam.is_bf16_supported()), "fp16": bool(seam.is_fp16_supported())}
-    total, free = int(seam.total_memory() or 0), int(seam.available_memory() or 0)
+    free, total = memory(device)
     capability = getattr(getattr(torch, device.type, None), "get_device_capability", None)
     told = [name_of(device), f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB free"]
     if capability is not None:

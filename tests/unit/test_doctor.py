@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sfumato import device
 from sfumato.doctor import company, disks, hardware, machine, nvme, parity, rounds, sums, twin, versions
 from sfumato.doctor.lines import Line, Verdict, bad, good, show, unseen, warning
 from sfumato.engine import cells, reader
@@ -279,6 +281,38 @@ def test_the_machine_has_its_lines() -> None:
 def test_a_gpus_health_is_judged(said: str, verdict: Verdict, word: str) -> None:
     line = hardware.judged_health(said)
     assert line.verdict is verdict and word in line.text
+
+
+class Seam:
+    """DeepSpeed's accelerator, which knows of this process's memory alone."""
+
+    def is_bf16_supported(self) -> bool:
+        return True
+
+    is_fp16_supported = is_bf16_supported
+
+    def total_memory(self) -> int:
+        return 80 * 10**9
+
+    available_memory = total_memory
+
+
+@pytest.mark.parametrize(("asked", "verdict"), [(True, Verdict.WARNING), (False, Verdict.GOOD)])
+def test_who_else_holds_memory_is_asked_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, asked: bool, verdict: Verdict
+) -> None:
+    """Where torch has the question for a kind of device; another one's library is imitated here."""
+    library = (
+        SimpleNamespace(mem_get_info=lambda of: (20 * 10**9, 80 * 10**9)) if asked else SimpleNamespace()
+    )
+    monkeypatch.setattr(torch, "other", library, raising=False)
+    for module in (device, hardware):
+        monkeypatch.setattr(module, "accelerator", Seam)
+    monkeypatch.setattr(hardware, "kind", lambda: "other")
+    monkeypatch.setattr(hardware, "health", list)
+    [line] = hardware.lines(None, SimpleNamespace(type="other"))  # type: ignore[arg-type]
+    assert line.verdict is verdict
+    assert ("20.0 of 80.0 GB free" if asked else "80.0 of 80.0 GB free") in line.text
 
 
 def fact(**changes: Any) -> dict[str, Any]:
