@@ -90,18 +90,26 @@ def to_owners(config: Config, world: int, learns: int) -> bool:
 
 
 def moved(config: Config, world: int, learns: int, beside: int) -> int:
-    """Bytes between a device and its machine's memory in a step, for what offload keeps there."""
-    size, times = BYTES[config.engine.precision], config.accumulation(world)
+    """Bytes between a device and its machine's memory in a step, for what offload keeps there.
+
+    For the step gradients go down, which DeepSpeed casts to fp32 on the device, and weights come back. Sums
+    over micro-batches that lie in the machine's memory travel, too: those of stage 3, and in fp32 those of
+    stage 2. Stage 3's weights that stay there come up twice a micro-batch instead.
+    """
+    engine, times = config.engine, config.accumulation(world)
+    size, kept = BYTES[engine.precision], way_of(config).offload
     own = -(-learns // world)
-    kept = way_of(config).offload
     if kept == "none":
         return 0
-    # Gradients go down and weights come back; weights of stage 3 that stay there come up twice a micro-batch.
-    summed = 4 if times > 1 else size
-    found = own * (summed + size)
+    # The step from a disk takes the sums of stage 3 as they lie in memory.
+    down = 0 if engine.offload_optimizer == "nvme" else 4
+    if engine.zero_stage == 3:
+        down += 2 * times * (4 if times > 1 else size)
+    elif engine.zero_stage == 2 and engine.precision == "fp32" and times > 1:
+        down += 4 * (2 * times - 1)
     if kept == "parameters":
-        found += 2 * times * (own * size + beside // world)
-    return found
+        return own * down + 2 * times * (own * size + beside // world)
+    return own * (down + size)
 
 
 def repeated(one: Traffic, times: int) -> Traffic:

@@ -16,12 +16,14 @@ import torch.distributed as dist
 from deepspeed.runtime.comm import coalesced_collectives
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.config import Config
 from sfumato.engine import profiles, ranks
 from sfumato.engine.engine import Engine
 from sfumato.engine.weights import WeightFiles
 from sfumato.planner.state import State, state
+from sfumato.planner.traffic import traffic
 from tests.engine import toys
 from tests.engine.ranks import run_ranks
 
@@ -53,6 +55,9 @@ BOUNDED = [name for name in CELLS if name.endswith(("buckets", "narrow"))]
 """Cells with several buckets, whose fullest moment depends on how parameters fall into them."""
 RUNS = [(name, world) for world in (1, 2) for name in CELLS if world == 2 or "bf16" in name]
 """Cells and ranks; what one rank in fp32 holds follows from the others."""
+RUNS += [(f"{stage}-fp32-sum-offload", 1) for stage in (1, 2)]
+MOVED = [name for name, world in RUNS if world == 1 and "offload" in name and name[0] in "12"]
+"""Cells of which it is counted what goes to the host's memory and comes from there."""
 
 
 class Toy(nn.Module):
@@ -208,6 +213,27 @@ def watched(engine: Engine, samples: dict[str, list[Count]]) -> Iterator[None]:
             hook.remove()
 
 
+class Moved(TorchDispatchMode):
+    """Counts bytes of copies between what would lie in the host's memory and what would not."""
+
+    def __init__(self, zero: Any) -> None:
+        super().__init__()
+        self.zero, self.bytes = zero, 0
+
+    def is_away(self, tensor: Tensor) -> bool:
+        masters = self.zero.single_partition_of_fp32_groups
+        away = [*masters, *(master.grad for master in masters), *self.zero.accumulated_grads_in_cpu.values()]
+        away += self.zero.param_buffer_of_bit16_for_cpu_offload_groups
+        places = [held.untyped_storage().data_ptr() for held in away if held is not None]
+        return tensor.untyped_storage().data_ptr() in places
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and self.is_away(args[0]) != self.is_away(args[1]):
+            assert args[0].dtype == args[1].dtype
+            self.bytes += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
 def measured(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Bytes of one cell on this rank, in its second step."""
     place = ranks.start(60)
@@ -229,12 +255,16 @@ def measured(cell: Mapping[str, Any]) -> dict[str, Any]:
     with watched(engine, samples):
         step()
     rest = Count(engine, [])
+    moved = Moved(engine.deepspeed.optimizer)
+    if cell.get("offload_optimizer") and cell["stage"] < 3:
+        with moved:
+            step()
     fullest = max(samples["backward"], key=lambda count: count.device)
     stepping = max(samples["step"], key=lambda count: count.device)
     gradients = max(count.get("gradients", 0) for count in samples["backward"])
     host = max(count.get("host", 0) for count in samples["backward"])
     return {"rest": dict(rest), "device": fullest.device, "gradients": gradients, "host": host,
-            "stepping": stepping.device}  # fmt: skip
+            "stepping": stepping.device, "moved": moved.bytes}  # fmt: skip
 
 
 def measured_all(cells: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -289,6 +319,14 @@ def check(plan: State, told: list[dict[str, Any]], bounded: bool = False) -> Non
         assert (plan.device, plan.gradients) == (most["device"], most["gradients"])
     # Of a step, the moment cannot be seen at which a gradient is there flat and in fp32.
     assert most["stepping"] <= plan.stepping <= 1.15 * most["stepping"]
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_offload_moves_is_what_is_copied(found: Found, name: str) -> None:
+    """One rank; of several each also moves whole the parameters that it owns a part of."""
+    learns = sum(p.numel() for p in Toy(False).parameters() if p.requires_grad)
+    planned = traffic(settings(CELLS[name], 1), 1, 1, learns, 0).host
+    assert found[name, 1][0]["moved"] == pytest.approx(planned, rel=1e-3)  # filled up to even numbers
 
 
 @pytest.mark.parametrize("wrong", ["padding", "average", "bucket", "master"])

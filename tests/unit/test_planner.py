@@ -24,7 +24,7 @@ from sfumato.planner.rows import Ask
 from sfumato.planner.speed import Work, speed
 from sfumato.planner.trace import Cost
 from sfumato.planner.traffic import Traffic, exchange, traffic
-from sfumato.planner.ways import CHECKPOINTING, Way, possible, way_of, ways
+from sfumato.planner.ways import CHECKPOINTING, Offload, Way, possible, way_of, ways
 from tests.unit import twins
 
 WAY = Way(1, "none", False, "bf16")
@@ -153,12 +153,27 @@ def test_between_machines_only_their_share_travels() -> None:
     assert exchange(8e9, 2, 16, 8) == Traffic(15 * 10**9, 10**9)
 
 
-def test_offload_moves_gradients_and_weights() -> None:
-    moved = [
-        traffic(Way(stage, kept, False, "bf16").of(run(batch_size=8)), 8, 8, 8000, 0).host  # type: ignore[arg-type]
-        for stage, kept in ((2, "none"), (2, "optimizer"), (3, "parameters"))
-    ]
-    assert moved == [0, 1000 * (2 + 2), 1000 * (2 + 2) + 2 * 1000 * 2]
+@pytest.mark.parametrize(
+    ("stage", "kept", "precision", "micro", "moved"),
+    [
+        (2, "none", "bf16", 1, 0),
+        (1, "optimizer", "bf16", 1, 4 + 2),  # gradients in fp32, weights back
+        (2, "optimizer", "bf16", 1, 4 + 2),  # bf16's sums stay on the device
+        (1, "optimizer", "fp32", 1, 4 + 4),
+        (2, "optimizer", "fp32", 2, 4 + 4),
+        (2, "optimizer", "fp32", 1, 2 * 4 + 4 + 4 + 4),  # sums: down twice, up once
+        (3, "optimizer", "bf16", 2, 2 * 2 + 4 + 2),  # sums: down and up
+        (3, "optimizer", "bf16", 1, 2 * 2 * 4 + 4 + 2),
+        (3, "parameters", "bf16", 2, 2 * 2 + 4 + 2 * 2),
+        (3, "parameters", "bf16", 1, 2 * 2 * 4 + 4 + 2 * 2 * 2),
+    ],
+)
+def test_offload_moves_gradients_and_weights(
+    stage: int, kept: Offload, precision: str, micro: int, moved: int
+) -> None:
+    """Of 8 ranks with two samples each, in one micro-batch or two; bytes for each of a rank's numbers."""
+    asked = Way(stage, kept, False, precision).of(run(batch_size=16), micro)
+    assert traffic(asked, 8, 8, 8000, 0).host == 1000 * moved
 
 
 # How fast.
