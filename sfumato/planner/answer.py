@@ -65,6 +65,8 @@ def because(found: Sequence[Row], best: Row) -> str:
     first = f"the fastest of {number} ways that fit" if number > 1 else "the only way that fits"
     if number > 1 and any(row.fits and row is not best and same_speed(row, best) for row in found):
         first = f"of {number} ways that fit the plainest of the fastest (within {ALIKE:.0%})"
+    if number > 1 and not best.images:
+        first = f"the plainest of {number} ways that fit, whose speeds are unknown"
     return "; ".join([first, *said])
 
 
@@ -72,8 +74,8 @@ def against(other: Row) -> str:
     """What is wrong with a neighbour."""
     if not other.fits:
         return f"lacks {readable(round(other.lacks or other.short))}"
-    rate = other.images.get("usual", 0)
-    return f"would give {rate:.1f} images/s, with micro-batches of {other.micro}"
+    rate = f"{other.images['usual']:.1f} images/s" if other.images else "a speed that is unknown"
+    return f"would give {rate}, with micro-batches of {other.micro}"
 
 
 def same_speed(one: Row, other: Row) -> bool:

@@ -15,7 +15,7 @@ from sfumato import cli, config
 from sfumato.config import Config, parse
 from sfumato.errors import UserError
 from sfumato.planner import command, costs, devices, rows, table
-from sfumato.planner.answer import ALIKE, Answer, answer, choose, nothing_fits
+from sfumato.planner.answer import ALIKE, Answer, answer, because, choose, nothing_fits
 from sfumato.planner.architectures import facts_of
 from sfumato.planner.costs import cost_of, launches, sizes_of
 from sfumato.planner.fit import memory, micro_batches, reserve
@@ -378,6 +378,18 @@ def test_what_does_not_fit_the_machine_is_never_chosen(found: Answer) -> None:
     error = nothing_fits(tight)
     assert "of the machine" in error.found and "more memory" in error.do
     assert "too much for the machine" in "\n".join(table.lines(tight))
+
+
+def test_an_unknown_speed_is_not_told_as_a_number() -> None:
+    """Of the 910B no source says fp32's peak."""
+    asked = run(engine={"precision": "fp32", "gradient_checkpointing": True})
+    npu = answer(Ask(asked, facts_of(asked.model), 1, 1, 64e9, devices.find("910B")))
+    assert npu.best is not None and npu.best.way.plainness == min(row.way.plainness for row in npu.rows)
+    assert npu.reason.startswith(f"the plainest of {len(npu.rows)} ways that fit, whose speeds are unknown")
+    other = next(row for row in npu.rows if row.way.checkpointing is True)
+    told = because(npu.rows, other)
+    assert "without gradient checkpointing it would give a speed that is unknown" in told
+    assert "images/s" not in told + npu.reason and "fastest" not in told + npu.reason
 
 
 def test_the_answer_reads_well_at_80_columns(found: Answer) -> None:
