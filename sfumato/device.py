@@ -7,6 +7,8 @@ DeepSpeed takes seconds to import, so it is imported when the first question com
 import logging
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
@@ -56,6 +58,21 @@ def settle() -> None:
     if kind() == "npu" and settings is not None:
         # Its own layouts are not those of the flat tensors that ZeRO cuts weights from; as MindSpeed-MM.
         settings.allow_internal_format = False
+
+
+@contextmanager
+def whole_fp32() -> Iterator[None]:
+    """Within it convolutions in fp32 are fp32 on NVIDIA's devices, too, in the whole process.
+
+    By itself torch lets their matrix units round what goes in to TF32's 10 bits.
+    """
+    from torch.backends import cudnn
+
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def has_fused_adamw(device: "torch.device") -> bool:

@@ -74,7 +74,8 @@ class Engine(Section):
     """Offload to page-locked memory, which copies faster; false where the system allows too little of it."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the trained part; the optimizer always holds fp32 weights. fp16 needs a GPU; on a CPU
-    without AMX or the like bf16 takes longer than fp32."""
+    without AMX or the like bf16 takes longer than fp32. On NVIDIA's cards torch computes convolutions in fp32
+    with TF32, of 10 bits (docs/speed.md)."""
     gradient_checkpointing: Checkpointing = False
     """Recompute activations in the backward pass: less memory, about a quarter more arithmetic. "selective"
     keeps what products and convolutions answer and recomputes the rest: no more arithmetic, less is saved."""

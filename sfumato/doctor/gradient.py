@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sfumato import methods, start
 from sfumato.config import Config
+from sfumato.device import whole_fp32
 from sfumato.doctor import twin
 from sfumato.doctor.twin import RATE, Micro
 from sfumato.engine import shards
@@ -161,7 +162,7 @@ def measure(
     toy: the folder of the toy model; None: the config's own model. kind: makes the engine; tests give broken
     ones.
     """
-    with TemporaryDirectory(prefix="sfumato-") as scratch:
+    with TemporaryDirectory(prefix="sfumato-") as scratch, whole_fp32():
         folder = Path(scratch)
         small = twin.shrunk(config, place.world, folder, toy)
         side = twin.SIDE if toy else max(config.data.resolutions)

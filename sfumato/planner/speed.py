@@ -52,7 +52,10 @@ class Speed:
 
 
 def peak(device: Device, precision: str) -> float | None:
-    """FLOP/s of a precision; None where no source says it."""
+    """FLOP/s of a precision; None where no source says it.
+
+    fp32's is that of products outside the matrix units; torch lets convolutions use those, and be faster.
+    """
     found = device.single if precision == "fp32" else device.half
     return None if found is None else found * 1e12
 
@@ -79,7 +82,7 @@ def speed(
         return None
     times, micro = config.accumulation(world), config.micro_batch_size
     compute = times * max(micro * work.flops / (rate * share), work.kernels * LAUNCH)
-    # The matrix units take fp32 convolutions at half the speed.
+    # Nearly all of it are convolutions, which the matrix units take in TF32 at half the speed.
     vae = config.model.vae_dtype if config.model.vae_dtype != "auto" else config.engine.precision
     slower = 1 if vae == "bf16" else 2
     encode = times * micro * work.encode_flops * slower / (half * share)

@@ -14,7 +14,19 @@ import pytest
 import torch
 
 from sfumato import device
-from sfumato.doctor import company, disks, hardware, machine, nvme, parity, rounds, sums, twin, versions
+from sfumato.doctor import (
+    company,
+    disks,
+    gradient,
+    hardware,
+    machine,
+    nvme,
+    parity,
+    rounds,
+    sums,
+    twin,
+    versions,
+)
 from sfumato.doctor.lines import Line, Verdict, bad, good, show, unseen, warning
 from sfumato.engine import cells, reader
 from sfumato.engine.ranks import Ranks
@@ -313,6 +325,19 @@ def test_who_else_holds_memory_is_asked_of_the_device(
     [line] = hardware.lines(None, SimpleNamespace(type="other"))  # type: ignore[arg-type]
     assert line.verdict is verdict
     assert ("20.0 of 80.0 GB free" if asked else "80.0 of 80.0 GB free") in line.text
+
+
+def test_the_gradient_is_compared_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(*asked: Any) -> dict[str, Any]:
+        return {"rounded": torch.backends.cudnn.allow_tf32}
+
+    config = toys.config()
+    monkeypatch.setattr(twin, "shrunk", lambda *asked: config)
+    monkeypatch.setattr(gradient, "Bench", lambda *asked: None)
+    monkeypatch.setattr(gradient, "sides", seen)
+    before = torch.backends.cudnn.allow_tf32
+    assert before and not gradient.measure(config, ALONE, None)["rounded"]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def fact(**changes: Any) -> dict[str, Any]:
