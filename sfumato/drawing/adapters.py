@@ -11,7 +11,7 @@ from diffusers import ControlNetModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from sfumato.drawing.sources import EMBEDDINGS, find_lora
+from sfumato.drawing.sources import EMBEDDINGS, LORA, find_lora
 from sfumato.errors import UserError
 from sfumato.models.control import check_pair
 from sfumato.models.folder import called, read_json
@@ -20,6 +20,9 @@ from sfumato.models.loading import frozen, peft_library, quiet
 ATTENTION = re.compile(
     r"attn(\d)[._](?:processor[._])?to_([qkv])(?:_lora)?[._](?:lora_A|lora_down|lora\.down|down)\b"
 )
+
+MAGNITUDE = "lora_magnitude_vector"
+"""What peft calls a DoRA's lengths."""
 
 
 def shapes(file: Path, asked: str) -> dict[str, tuple[int, ...]]:
@@ -57,6 +60,12 @@ def check_lora(source: Path, folder: Path) -> Path:
         raise UserError(
             asked, f"no LoRA: its tensors are called {', '.join(list(tensors)[:2])}", "name a LoRA"
         )
+    if any(name.endswith("dora_scale") for name in tensors):
+        raise UserError(
+            asked,
+            "a DoRA under kohya's names; diffusers would leave out its DoRA part",
+            f"name the run's folder, or {LORA} beside it",
+        )
     for name, shape in tensors.items():
         match = ATTENTION.search(name)
         if match is None or len(shape) < 2 or "text_encoder" in name or "lora_te" in name:
@@ -93,8 +102,23 @@ def add_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
             raise UserError(
                 asked, f"it does not fit the model: {reason}", "take one of the same family"
             ) from error
+        check_lengths(pipeline, file, f"lora{number}", asked)
     if loras:
         pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [weight for _, weight in loras])
+
+
+def check_lengths(pipeline: Any, file: Path, adapter: str, asked: str) -> None:
+    """Raise UserError unless a pipeline holds all of a DoRA's lengths; those it misreads it drops unsaid."""
+    with safe_open(file, "pt") as tensors:
+        told = {name: tensors.get_tensor(name) for name in tensors.keys() if MAGNITUDE in name}
+    nets = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    held = [p for net in nets for n, p in net.named_parameters() if f"{MAGNITUDE}.{adapter}." in n]
+    there = {(p.dtype, *p.flatten().tolist()) for p in held}
+    for name, lengths in told.items():
+        forms = {(kind, *lengths.flatten().to(kind).tolist()) for kind in {p.dtype for p in held}}
+        if not forms & there:
+            found = f"diffusers leaves out {name}, a part of its DoRA"
+            raise UserError(asked, found, "export it again, if a run of Sfumato made it")
 
 
 def check_control(control: Path, folder: Path) -> None:

@@ -145,9 +145,13 @@ class LoRA(Method):
         told: dict[str, Any] = {}
         whole: dict[str, Tensor] = {}
         for part in self.targets:
-            # peft writes no name of the adapter, and DoRA's lengths without the name of the tensor.
+            # peft writes no name of the adapter, and DoRA's lengths without the name of the tensor, which
+            # transformers asks for.
+            ending = "" if part not in self.text else ".weight"
             mine = {
-                re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name.replace(f".{NAME}", "")): numbers
+                re.sub(
+                    r"(lora_magnitude_vector)\.weight$", rf"\1{ending}", name.replace(f".{NAME}", "")
+                ): numbers
                 for name, numbers in trained.items()
                 if name.startswith(f"{part}.")
             }
@@ -183,6 +187,9 @@ class LoRA(Method):
             part, _, inner = layer.partition(".")
             key = f"{self.kohya_part(part)}_{bare(inner).replace('.', '_')}"
             ends = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
+            if kind == "lora_magnitude_vector":
+                # One length for each output: (out, 1), or (out, 1, 1, 1) of a convolution.
+                tensor = tensor.reshape(-1, *[1] * (tensors[f"{layer}.lora_A.weight"].ndim - 1))
             found[f"{key}.{ends.get(kind, 'dora_scale')}"] = tensor
             found[f"{key}.alpha"] = torch.tensor(self.kohya_alpha(), dtype=tensor.dtype)
         return found

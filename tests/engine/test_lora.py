@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sfumato import methods, models
 from sfumato.config import parse
+from sfumato.drawing.adapters import add_loras, check_lora
+from sfumato.drawing.sources import LORA
 from sfumato.engine import checkpoint
 from sfumato.engine.engine import Engine
 from sfumato.errors import UserError
 from sfumato.export import export as export_again
 from sfumato.methods.lora import LoRA
-from sfumato.methods.method import Trained
+from sfumato.methods.method import Method, Trained
 from sfumato.models import quantized
 from sfumato.models.quantized import quantize
+from sfumato.models.texts import bare
 from tests.engine import runs, toys
 from tests.engine.ranks import run_ranks
 
@@ -145,8 +148,6 @@ def test_an_export_that_leaves_something_out_is_caught(
 def test_t13_catches_a_scale_that_is_lost(
     place: Path, exports: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     export = exports["sd", "plain"]
     tensors = load_file(export / "pytorch_lora_weights.safetensors")
     save_file(tensors, tmp_path / "bare.safetensors")  # without its metadata alpha is taken for the rank
@@ -172,6 +173,64 @@ def test_every_stage_learns_the_same_and_resumes(place: Path) -> None:
     pipeline.load_lora_weights(dora)
     drawn = pipeline("x", num_inference_steps=2, height=64, width=64, output_type="np").images
     assert np.isfinite(drawn).all()
+
+
+def write_dora(place: Path, folder: Path) -> Method:
+    """An export of random numbers, of linear layers and convolutions; its method."""
+    config = parse(settings(place, "sd", "dora", "loaded"))
+    rule = config.method.model_copy(update={"text_encoders": True, "targets": ("to_q", "conv1", "q_proj")})
+    config = config.model_copy(update={"method": rule})
+    cpu = torch.device("cpu")
+    method = methods.build(config, models.load(config.model, cpu, torch.float32, torch.float32))
+    draw = torch.Generator().manual_seed(3)
+    learned = {name: t + torch.rand(t.shape, generator=draw) for name, t in method.draw(7).items()}
+    folder.mkdir()
+    method.export(learned, folder, torch.float32, {})
+    return method
+
+
+def decomposed(weight: torch.Tensor, tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """What a DoRA under kohya's names makes of a weight: W + scale * B @ A, with the lengths that it says.
+
+    The lengths are multiplied as they lie there, as LyCORIS does it, and ComfyUI.
+    """
+    up, down, lengths = (
+        tensors[f"{key}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "dora_scale")
+    )
+    change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    whole = weight + change * tensors[f"{key}.alpha"] / len(down)
+    norm = whole.flatten(1).norm(dim=1).view(-1, *[1] * (whole.ndim - 1))
+    return whole * (lengths / norm)
+
+
+def test_a_dora_is_loaded_as_it_was_learned(place: Path, tmp_path: Path) -> None:
+    """Of both files all lengths, the text encoder's too; one that diffusers leaves out is told."""
+    method = write_dora(place, tmp_path / "export")
+    file, kohya = tmp_path / "export" / LORA, tmp_path / "export" / "kohya.safetensors"
+    base, loaded, again, low = (
+        DiffusionPipeline.from_pretrained(place / "sd", safety_checker=None, torch_dtype=kind)
+        for kind in (*[torch.float32] * 3, torch.bfloat16)
+    )
+    loaded.load_lora_weights(tmp_path / "export", weight_name=LORA)
+    loaded.fuse_lora()
+    tensors = load_file(kohya)
+    assert isinstance(method, LoRA)
+    for part, names in method.targets.items():
+        for name in names:
+            layer = base.components[part].get_submodule(name)
+            key = f"{method.kohya_part(part)}_{bare(name).replace('.', '_')}"
+            found = loaded.components[part].get_submodule(name).base_layer.weight
+            expected = decomposed(layer.weight, tensors, key)
+            assert (expected - layer.weight).abs().max() > 0.1, "nothing was learned"
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for pipeline in (again, low):
+        add_loras(pipeline, [(file, 1.0)])
+    with pytest.raises(UserError, match="would leave out its DoRA(.|\n)*name the run's folder"):
+        check_lora(kohya, place / "sd")
+    ending = ("lora_magnitude_vector.weight", "lora_magnitude_vector")
+    save_file({name.replace(*ending): t for name, t in load_file(file).items()}, tmp_path / LORA)
+    with pytest.raises(UserError, match=r"diffusers leaves out text_encoder\."):
+        add_loras(base, [(tmp_path / LORA, 1.0)])
 
 
 def test_bf16_over_a_bf16_base(place: Path) -> None:
