@@ -27,6 +27,8 @@ from sfumato.models.loading import frozen, module_dtype, quiet
 from sfumato.models.texts import Condition, Texts
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+NO_SAMPLES = ("PNDM", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
+"""diffusers' schedulers that cannot step what predicts the sample."""
 
 
 class Family(Texts):
@@ -211,8 +213,8 @@ class Family(Texts):
     def scheduler(self, process: Mapping[str, Any] = EMPTY) -> SchedulerMixin:
         """A new scheduler of the folder's class and config, changed by `process`.
 
-        A class that does not take a change, as PNDM takes no rescale_betas_zero_snr, would ignore it; then it
-        is DDIM, which takes them all.
+        A class that does not take a change, as PNDM takes no rescale_betas_zero_snr, would ignore it, and
+        some cannot step a predicted sample; then it is DDIM, which takes them all.
         """
         library, name = self.facts.components["scheduler"]
         kind: Any = getattr(diffusers, name, None) if library == "diffusers" else None
@@ -224,7 +226,8 @@ class Family(Texts):
                 f"the pipeline of {self.folder}", found, "name one of diffusers' in model_index.json"
             )
         settings = {**self.scheduler_config, **process}
-        if not process.keys() <= inspect.signature(kind).parameters.keys():
+        stuck = settings.get("prediction_type") == "sample" and name.removesuffix("Scheduler") in NO_SAMPLES
+        if stuck or not process.keys() <= inspect.signature(kind).parameters.keys():
             # DDIM would clip latents as if they were pixels.
             kind, settings = DDIMScheduler, {**settings, "clip_sample": False}
         return kind.from_config(settings)

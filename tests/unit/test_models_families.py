@@ -131,6 +131,21 @@ def test_a_pipeline_samples_the_process_that_was_trained(kind: str, tmp_path: Pa
     assert part.scheduler().config.prediction_type == "epsilon", "the folder's own config stays"
 
 
+STUCK = ("PNDM", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")
+
+
+@pytest.mark.parametrize("kind", [*STUCK, "DDIM", "EulerDiscrete", "UniPCMultistep"])
+def test_every_scheduler_steps_a_predicted_sample(kind: str, tmp_path: Path) -> None:
+    folder = copy("sd", tmp_path)
+    change(
+        folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", f"{kind}Scheduler"])
+    )
+    scheduler = load(folder).scheduler({"prediction_type": "sample"})
+    assert type(scheduler).__name__ == ("DDIM" if kind in STUCK else kind) + "Scheduler"
+    scheduler.set_timesteps(3)
+    assert scheduler.step(torch.zeros(1, 4, 8, 8), scheduler.timesteps[0], torch.ones(1, 4, 8, 8))
+
+
 @ALL
 def test_frozen_parts_are_frozen(name: str) -> None:
     part = family(name)
