@@ -27,6 +27,7 @@ from sfumato.check.rules import (
     check_sizes,
     check_views,
     slow_numbers,
+    unlearned,
 )
 from sfumato.config import Config
 from sfumato.data.buckets import Cells, reason
@@ -94,6 +95,8 @@ class Plan:
         chosen = ', as engine = "auto" chose' if config.engine.auto else ""
         yield "numbers", f"{config.engine.precision}, {way_of(config).words}{chosen}"
         if advice := slow_numbers(config, self.accelerator):
+            yield "", advice
+        if advice := unlearned(config, facts):
             yield "", advice
         room = checkpoint_bytes(config, facts, self.parameters or 0)
         yield "folder", f"{config.folder}" + (f" (a checkpoint takes {readable(room)})" if room else "")

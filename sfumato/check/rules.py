@@ -154,6 +154,17 @@ def check_objective(config: Config, facts: Facts) -> None:
     Objective(config.objective, facts.scheduler)
 
 
+def unlearned(config: Config, facts: Facts) -> str | None:
+    """What a user should know of an objective that works, but leaves a timestep out; None if it does not."""
+    rescaled = config.objective.zero_terminal_snr or facts.scheduler.get("rescale_betas_zero_snr")
+    if config.objective.weight.kind != "min_snr" or not rescaled:
+        return None
+    return (
+        'objective.weight="min_snr" counts the last timestep, which holds no signal, for nothing: '
+        'with objective.weight="uniform" it is learned'
+    )
+
+
 def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:
     """Raise UserError unless the run's folder can be written to and has room for its checkpoints."""
     asked = f"the run's folder {config.folder}"

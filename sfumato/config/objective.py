@@ -55,7 +55,8 @@ class Objective(Section):
     input_perturbation: float = Field(0.0, ge=0)
     """Adds this much extra noise to the input but not to the target (arXiv:2301.11706)."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that its last step holds no signal (arXiv:2305.08891)."""
+    """Rescale the noise schedule so that its last step holds no signal (arXiv:2305.08891), which counts for
+    nothing under "min_snr"."""
 
     _named = field_validator("timesteps", "weight", mode="before")(named("uniform"))
 

@@ -76,6 +76,23 @@ def test_a_slow_precision_is_told(settings: Settings, monkeypatch: pytest.Monkey
         assert told is ((known, accelerator, precision) == (False, "cpu", "bf16"))
 
 
+@pytest.mark.parametrize("by", ["the setting", "the weights"])
+def test_a_last_step_that_is_never_learned_is_told(settings: Settings, tmp_path: Path, by: str) -> None:
+    """Zero terminal SNR and min-SNR, whose weight is 0 without signal."""
+    folder = twins.copy("sd", tmp_path)
+    settings |= {"model": {"weights": str(folder)}, "objective": {"prediction": "v", "weight": "min_snr"}}
+    words = "counts the last timestep"
+    assert words not in str(check(config.parse(settings), 1, "cpu"))
+    if by == "the setting":
+        settings["objective"]["zero_terminal_snr"] = True
+    else:
+        place = folder / "scheduler/scheduler_config.json"
+        twins.change(place, lambda told: told.update(rescale_betas_zero_snr=True))
+    assert words in str(check(config.parse(settings), 1, "cpu"))
+    settings["objective"]["weight"] = "uniform"
+    assert words not in str(check(config.parse(settings), 1, "cpu"))
+
+
 def test_weights_are_counted_from_the_headers(weights: Path) -> None:
     from diffusers import UNet2DConditionModel
 
