@@ -31,7 +31,7 @@ def slurm_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--nodes", type=positive, default=1, metavar="N", help="default: 1")
     group.add_argument("--gpus", type=positive, default=1, metavar="N", help="of each node; default: 1")
     group.add_argument(
-        "--gres", type=text, default="gpu", metavar="NAME", help="as gpu, gpu:a100, npu, dcu; none: CPUs only"
+        "--gres", type=gres, default="gpu", metavar="NAME", help="as gpu, gpu:a100, npu, dcu; none: CPUs only"
     )
     group.add_argument(
         "--cpus-per-gpu", type=positive, metavar="N", help="default: one for each data worker, and two more"
@@ -89,6 +89,13 @@ def text(word: str) -> str:
     """What can stand in an #SBATCH line."""
     if not word.strip() or CONTROL.search(word):
         raise argparse.ArgumentTypeError(f"{word!r} is empty, or has a character that breaks a line")
+    return word
+
+
+def gres(word: str) -> str:
+    """What the cluster calls a GPU. The number is not said here."""
+    if "," in text(word) or re.search(r":\d+$", word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no single name: say the number with --gpus")
     return word
 
 
