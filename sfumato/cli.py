@@ -251,7 +251,14 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def tiny(arguments: argparse.Namespace) -> int:
-    """Write a toy model."""
+    """Write a toy model into a new folder."""
+    place = arguments.folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or (place == arguments.folder.absolute() and any(place.iterdir())):
+        asked = f"sfumato tiny {arguments.family} {arguments.folder}"
+        found = "something is there" if place.is_dir() else f"{place} is not a folder"
+        raise UserError(asked, found, "name a new folder")
     from sfumato.models import family_class
 
     family_class(arguments.family).tiny(arguments.folder)

@@ -101,6 +101,24 @@ def test_exit_codes() -> None:
         cli.guarded(defect)
 
 
+def test_a_toy_takes_no_folder_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    weights = tmp_path / "mine" / "model_index.json"
+    weights.write_text("of months")
+    for folder, found in (
+        (tmp_path / "mine", "something is there"),
+        (weights, f"{weights} is not a folder"),
+        (weights / "a" / "toy", f"{weights} is not a folder"),
+    ):
+        assert cli.main(["tiny", "sd", str(folder)]) == 2
+        assert found in capsys.readouterr().err
+    assert [*tmp_path.rglob("*")] == [tmp_path / "mine", weights] and weights.read_text() == "of months"
+    for folder in (tmp_path / "new" / "toy", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert cli.main(["tiny", "sd", str(folder)]) == 0
+        assert (folder / "model_index.json").is_file()
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} -m sfumato presets | true"],
