@@ -39,20 +39,17 @@ def export(
 
     That is a diffusers pipeline, or of an adapter its files for diffusers and others.
 
-    to: the new folder; unset: the run's `export`. dtype: "fp32", "bf16" or "fp16"; unset: as the config says.
-    weights: "live", "ema", or "ema_0.1" of a profile that the run keeps; unset: its first average if it keeps
-    any. width: of a profile, in place of weights, made from averages that were kept. anew: from the numbers,
-    even where the checkpoint holds this export. Returns the folder, which appears in one rename. Any ZeRO
-    stage and number of ranks gives the same files.
+    to: the new folder, or one with another export of this run; unset: the run's `export`. dtype: "fp32",
+    "bf16" or "fp16"; unset: as the config says. weights: "live", "ema", or "ema_0.1" of a profile that the
+    run keeps; unset: its first average if it keeps any. width: of a profile, in place of weights, made from
+    averages that were kept. anew: from the numbers, even where the checkpoint holds this export. Returns the
+    folder, which appears in one rename. Any ZeRO stage and number of ranks gives the same files.
     """
     saved = checkpoint.Saved(newest(run))
     config = parse(saved.state["config"], str(saved.path))
     trained, chosen = pick(saved, config, weights, width)
     facts = facts_of(saved, config, chosen, dtype or config.export.dtype)
-    home = saved.path.parent.parent
-    to = to or home / "export"
-    if to.exists() and not (to / FACTS).is_file():
-        raise UserError(f"an export to {to}", "something else is there", "name another folder")
+    home, to = home_of(saved), place_of(saved, config, to)
     part = to.with_name(f".{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     ready = saved.path / "export"
@@ -84,13 +81,35 @@ def ready(
     """The export as it lies there, with what its user may have written into its card, or a new one."""
     saved = checkpoint.Saved(newest(run))
     config = parse(saved.state["config"], str(saved.path))
-    there = to or saved.path.parent.parent / "export"
+    there = place_of(saved, config, to)
     _, chosen = pick(saved, config, weights, width)
     facts = facts_of(saved, config, chosen, dtype or config.export.dtype)
     # Of the manifest the last lines are written after the export.
     if told_by(there) == facts and newer(there / FACTS, saved.path / min(saved.state["files"])):
         return there
     return export(run, to, dtype, weights, width=width)
+
+
+def home_of(saved: checkpoint.Saved) -> Path:
+    """The run's folder, however its checkpoint is spelled: of "." it is "../..", which is no parent of it."""
+    return Path(os.path.normpath(saved.path / ".." / ".."))
+
+
+def place_of(saved: checkpoint.Saved, config: Config, asked: Path | None) -> Path:
+    """Where an export goes. Raises UserError for a folder of something else, or of another run's export."""
+    to = Path(os.path.normpath(asked or home_of(saved) / "export"))
+    found = None
+    if to.name in ("", ".."):
+        found = "it is the folder that you are in, or one above it"
+    elif os.path.lexists(to) and not (to / FACTS).is_file():
+        found = "something else is there"
+    elif checkpoint.checkpoint_of(to.parent) == to.parent:
+        found = "it is a checkpoint's own"
+    elif asked is not None and to.exists() and (run := (told_by(to) or {}).get("run")) != config.name:
+        found = f"an export of another run, {run}, is there"
+    if found is not None:
+        raise UserError(f"an export to {to}", found, "name another folder")
+    return to
 
 
 def newer(file: Path, other: Path) -> bool:
@@ -252,7 +271,7 @@ def newest(run: Path) -> Path:
 def check_whole(saved: checkpoint.Saved) -> None:
     """Raise UserError if a checkpoint's files are not as they were written."""
     if wrong := saved.problems():
-        check_there(saved, saved.path.parent.parent)
+        check_there(saved, home_of(saved))
         do = "name another checkpoint, or start the run again, which sets this one aside"
         raise UserError(f"an export of {saved.path}", f"it is damaged: {'; '.join(wrong)}", do)
 

@@ -274,6 +274,37 @@ def test_an_export_on_demand(left: dict[str, Path], tmp_path: Path) -> None:
     assert not [*run.glob(".export*")]
 
 
+def test_an_export_takes_no_place_that_is_not_its_own(
+    left: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the checkpoint and the place are spelled; what lies there stays as it is."""
+    run, other = (shutil.copytree(left[name], tmp_path / name) for name in ("stage-1", "without"))
+    step = run / "checkpoints" / "step-000001"
+    own = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for here, to, found in (
+        (tmp_path, other / "export", "another run, without"),
+        (tmp_path, other / "export" / "unet" / "..", "another run, without"),
+        (tmp_path, step / "export", "a checkpoint's own"),
+        (step, Path("export"), "a checkpoint's own"),
+        (step, Path("../../checkpoints"), "something else"),
+        (step, Path("."), "that you are in"),
+        (step, Path("x/../.."), "one above it"),
+    ):
+        monkeypatch.chdir(here)
+        for write in (exports.export, exports.ready):
+            with pytest.raises(UserError, match=found):
+                write(run, to)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == own
+    for here, asked in ((step, "."), (step.parent, step.name), (step / "export", "..")):
+        shutil.rmtree(run / "export")
+        monkeypatch.chdir(here)
+        assert exports.ready(Path(asked)) == exports.export(Path(asked))
+        assert json.loads((run / "export" / "sfumato.json").read_text())["step"] == 1
+    assert exports.export(run, tmp_path / "mine") == exports.export(run, tmp_path / "mine")
+    taken = {path.relative_to(step): path.stat().st_mtime_ns for path in step.rglob("*")}
+    assert taken == {path.relative_to(step): own[path] for path in step.rglob("*")}
+
+
 def test_a_disk_without_links_gets_copies(tmp_path: Path) -> None:
     shared = Path("/dev/shm")
     if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
