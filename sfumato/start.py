@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sfumato import models, prior
-from sfumato.check import Plan, check, slow_numbers
+from sfumato.check import Plan, check, slow_numbers, unlearned
 from sfumato.config import FASTEST, Config
 from sfumato.engine import ranks
 from sfumato.engine.checkpoint import Saved
@@ -40,8 +40,9 @@ def begin(config: Config, planned: bool = False) -> tuple[Ranks, Plan]:
     plan = check(config, place.world, place.device.type, verify=place.first, tell=print, local=local)
     if place.first:
         place.barrier()
-        if advice := slow_numbers(config, place.device.type):
-            print(advice)
+        for advice in (slow_numbers(config, place.device.type), unlearned(config, plan.facts)):
+            if advice:
+                print(advice)
     return place, plan
 
 

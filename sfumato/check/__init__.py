@@ -43,7 +43,7 @@ from sfumato.planner.ways import way_of
 from sfumato.prior import Pictures
 from sfumato.report import trackers, upload
 
-__all__ = ["Plan", "check", "check_folder", "slow_numbers"]
+__all__ = ["Plan", "check", "check_folder", "slow_numbers", "unlearned"]
 
 
 @dataclass(frozen=True)
