@@ -1,6 +1,7 @@
 """From a TOML file and the command line to a Config, or to one message with every mistake."""
 
 import difflib
+import itertools
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from sfumato.errors import UserError
 PRESETS = Path(__file__).parents[1] / "presets"
 KINDS = {"method", "timesteps", "weight"}
 """Settings that are a table of one of several kinds."""
+SWITCHED = {"buckets", "validation"}
+"""Tables that are off unless they are there; `true` is an empty one."""
 PLANNED = ("zero_stage", "gradient_checkpointing", "offload_optimizer", "offload_parameters")
 """Settings of [engine] that the planner may choose; the others move numbers, or are the user's."""
 
@@ -34,7 +37,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = find(source)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the config {path}", f"it is not valid TOML: {error}", "mend that line") from None
     if set(values) == {"sample"}:
@@ -42,7 +45,9 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     if any(word.replace('"', "").replace(" ", "") == "engine=auto" for word in overrides):
         overrides = [word for word in overrides if not word.replace(" ", "").startswith("engine=")]
         free_engine(values)
-    for override in overrides:
+    check_once(overrides)
+    # A table as a whole goes before what is in it, in whichever order they were said.
+    for override in sorted(overrides, key=lambda override: key_of(override).count(".")):
         set_value(values, override)
     return parse(values, str(path))
 
@@ -73,22 +78,44 @@ def free_engine(values: dict[str, Any]) -> None:
     values.pop("micro_batch_size", None)
 
 
+def key_of(override: str) -> str:
+    """The key of a `key=value`."""
+    return override.partition("=")[0].strip()
+
+
+def check_once(overrides: Sequence[str]) -> None:
+    """Raise UserError where a key comes twice in a row, as a shell writes out a pattern with braces.
+
+    What programs put behind a user's overrides, such as a sweep the name of each run, wins.
+    """
+    for one, other in itertools.pairwise(overrides):
+        if key_of(one) == key_of(other):
+            do = "give it once; a pattern with braces stands in quotes: 'data.source=shards/{000..099}.tar'"
+            raise UserError(f"the overrides {one} and {other}", f"they set {key_of(one)} twice", do)
+
+
+def as_table(name: str, value: Any) -> Any:
+    """The table that a setting's value stands for, where it is a short form of one; else the value."""
+    if name in KINDS and isinstance(value, str):
+        return {"kind": value}
+    if name in SWITCHED and value is True:
+        return {}
+    return {"auto": True} if name == "engine" and value == "auto" else value
+
+
 def set_value(values: dict[str, Any], override: str) -> None:
     """Apply one `a.b=value` to nested tables; the value is TOML, or a plain string."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    _, equals, text = override.partition("=")
+    if not equals or not key_of(override):
         raise UserError(f"the override {override!r}", "it has no key=value form", "write for example seed=7")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text
-    *tables, leaf = key.strip().split(".")
+    *tables, leaf = key_of(override).split(".")
     for table in tables:
-        if table in KINDS and isinstance(values.get(table), str):
-            values[table] = {"kind": values[table]}
-        if table == "engine" and values.get(table) == "auto":
-            values[table] = {"auto": True}
-        values = values.setdefault(table, {})
+        values[table] = as_table(table, values.get(table, {}))
+        values = values[table]
         if not isinstance(values, dict):
             raise UserError(
                 f"the override {override!r}", f'"{table}" holds a value, not a table', "name a setting"

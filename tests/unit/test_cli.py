@@ -3,11 +3,13 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sfumato import cli
+from sfumato import cli, config
 from sfumato.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,19 @@ def test_presets_are_listed_with_their_sentences() -> None:
         (["train", "sdxl-train-bf16", "--gpus", "2", "stps=3", "x.y=1"], "unknown key stps"),
         (["train", "sd15-full", "data.source=x", "name=my run"], "it names a folder: letters"),
         (["check", "sdxl-train-bf16", "optimizer.lr=fast"], "optimizer.lr = 'fast'"),
+        (
+            ["check", "sdxl-train-bf16", "optimizer.lr=true"],
+            "optimizer.lr = 'true': Input should be a valid number",
+        ),
+        (["check", "sdxl-train-bf16", "steps=true"], "steps = 'true'"),
+        (["check", "sdxl-train-bf16", "data.views=true"], "data.views = 'true'"),
+        (["check", "sdxl-train-bf16", "data.resolution=[64, true]"], ".1 = 'true'"),
+        (["check", "sdxl-train-bf16", "engine.zero_stage=true"], "engine.zero_stage = 'true'"),
+        # What bash makes of {0,1} without quotes.
+        (
+            ["check", "sdxl-train-bf16", "data.source=0.tar", "data.source=1.tar"],
+            "they set data.source twice",
+        ),
     ],
 )
 def test_a_users_mistake(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +90,26 @@ def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
     arguments = cli.parse(["train", "a.toml", "x=1", "--gpus", "2", "y=2"])
     assert arguments.overrides == ["x=1", "y=2"]
     assert arguments.gpus == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "setting", "found"),
+    [
+        ("validation=true", "validation.samples=4", lambda settings: settings.validation.samples == 4),
+        ("data.buckets=true", "data.buckets.step=32", lambda settings: settings.data.buckets.step == 32),
+        ("method=lora", "method.rank=4", lambda settings: settings.method.rank == 4),
+        ("validation.every=9", "validation.samples=4", lambda settings: settings.validation.samples == 4),
+    ],
+)
+def test_a_table_and_what_is_in_it_go_in_any_order(
+    table: str, setting: str, found: Callable[[Any], bool], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.toml"
+    said = ("steps = 1", "batch_size = 1", 'model.weights = "w"', 'data.source = "s"')
+    text = "\n".join((*said, "data.buckets = true", "validation = true"))
+    file.write_text(text, encoding="utf-8-sig")  # as some editors write it
+    for words in ([table, setting], [setting, table], *([[setting]] * (table != "method=lora"))):
+        assert found(config.load(file, words)), words
 
 
 def test_gpus_inside_a_launcher_is_refused(
