@@ -68,7 +68,8 @@ class Album:
             with self.index.open(number) as file:
                 if bucket is None:
                     picture = decode(file, record.name, (SIDE, SIDE), self.most)
-                    picture = ImageOps.contain(picture, (SIDE, SIDE))
+                    size = inside((picture.height, picture.width))
+                    picture = picture.resize(size, Image.Resampling.LANCZOS)
                 else:
                     target = self.cells.sizes[bucket]
                     cut = self.samples.cut(number, record, 0, target)
@@ -77,9 +78,9 @@ class Album:
                     box = cut.box((picture.height, picture.width))
                     picture = picture.resize(size, Image.Resampling.LANCZOS, box)
                     picture = ImageOps.mirror(picture) if cut.flip else picture
+            return told | {"picture": uri(picture), "shown": picture.size}
         except Exception:  # which Pillow raises depends on the byte that is broken; the walk has told it
             return told | {"picture": "", "shown": (SIDE, SIDE)}
-        return told | {"picture": uri(picture), "shown": picture.size}
 
 
 def inside(size: tuple[int, int]) -> tuple[int, int]:

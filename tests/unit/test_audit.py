@@ -364,6 +364,17 @@ def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
     assert len(lines(tmp_path / "out" / "faults.jsonl")) == 3
 
 
+def test_a_picture_one_pixel_wide_is_shown(tmp_path: Path) -> None:
+    """Made small enough for the page, it would have no width."""
+    place = tmp_path / "place"
+    place.mkdir()
+    save(place, "good.png", scene(1))
+    save(place, "thin.png", scene(2, (500, 1)))
+    page = examine(config_of(place, "nowhere", tmp_path), tmp_path / "out")
+    assert names(tmp_path / "out", "enlarged") == {"thin.png"}
+    assert "data:image/jpeg;base64," in page.read_text()
+
+
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
