@@ -16,6 +16,7 @@ from sfumato import prior
 from sfumato.check.looks import looks
 from sfumato.check.rules import (
     IMAGES,
+    check_apart,
     check_attention,
     check_compile,
     check_conditions,
@@ -209,6 +210,7 @@ def around(
 ) -> Iterator[Callable[[], None]]:
     """Checks of what lies around a run: second images, its folder, the machine, and those that it tells."""
     yield partial(check_conditions, config)
+    yield partial(check_apart, config)
     yield partial(check_folder, config, facts, parameters)
     yield partial(check_host, config, world, local, parameters)
     yield partial(upload.check, config.export.push_to_hub)

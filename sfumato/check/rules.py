@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfumato.config import FASTEST, Config, Data
+from sfumato.data.held import own_data
 from sfumato.data.index import Index
+from sfumato.data.sources.kinds import check_outside
 from sfumato.engine.ds_config import SUB_GROUP
 from sfumato.engine.offload import check_disk, host_memory
 from sfumato.engine.profiles import kinds
@@ -163,6 +165,14 @@ def unlearned(config: Config, facts: Facts) -> str | None:
         'objective.weight="min_snr" counts the last timestep, which holds no signal, for nothing: '
         'with objective.weight="uniform" it is learned'
     )
+
+
+def check_apart(config: Config) -> None:
+    """Raise UserError where what a run draws would be found among the pictures that it reads."""
+    data, asked = config.data, config.validation
+    layouts = [*data.layouts, *(own_data(asked.source, data).layouts if asked and asked.source else ())]
+    do = "set `output` to a folder outside, or move the pictures into a folder of their own"
+    check_outside(config.folder, layouts, f"drawings in the run's folder {config.folder}", do)
 
 
 def check_folder(config: Config, facts: Facts | None, parameters: int) -> None:

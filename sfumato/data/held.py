@@ -91,10 +91,19 @@ def held_out(
     if asked.source is None:
         return chosen(asked, data, index, index)
     check_apart(asked.source, data)
-    own = data.model_copy(update={"source": asked.source, "parts": (), "prior": None})
-    found = open_index(own, verify=verify, tell=tell)
-    found.check_faults(own)
+    own = own_data(asked.source, data)
+    try:
+        found = open_index(own, verify=verify, tell=tell)
+        found.check_faults(own)
+    except UserError as error:
+        said = error.asked.replace("data.source", "validation.source")
+        raise UserError(said, error.found, error.do) from error
     return chosen(asked, own, found, None)
+
+
+def own_data(source: str, data: Data) -> Data:
+    """The data of a validation with a source of its own, told apart as those that are trained on are."""
+    return data.model_copy(update={"source": source, "parts": (), "prior": None})
 
 
 def chosen(asked: Validation, data: Data, index: Index, out_of: Index | None) -> Held:
@@ -161,12 +170,18 @@ def publish(path: Path, text: str) -> None:
 
 def check_apart(source: str, data: Data) -> None:
     """Raise UserError where a validation's source is one that is trained on, lies within it or around it."""
-    mine = located(source).rstrip("/")
+    mine = real(source)
     for layout in data.layouts:
-        theirs = located(layout.source).rstrip("/")
+        theirs = real(layout.source)
         if f"{mine}/".startswith(f"{theirs}/") or f"{theirs}/".startswith(f"{mine}/"):
             raise UserError(
                 f'validation.source = "{source}"',
                 f'it is not apart from the data that are trained on, "{layout.source}"',
                 "move it to a place outside, or unset it: then records are held out of the data",
             )
+
+
+def real(source: str) -> str:
+    """Where a source lies in truth: without links, and without a slash at its end."""
+    place = located(os.path.expanduser(source))
+    return os.path.realpath(place) if os.path.isabs(place) else place.rstrip("/")

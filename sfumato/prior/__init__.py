@@ -10,7 +10,6 @@ missing, and one that asks for fewer reads the first of them. `fill` draws them.
 """
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sfumato.config import Config, Data
+from sfumato.data.sources.kinds import check_outside
 from sfumato.data.store import key_of, uses
 from sfumato.data.store.tensors import KEY_BYTES
 from sfumato.data.store.writer import published
@@ -103,13 +103,8 @@ def drawn(config: Config) -> bool:
 
 def check_store(data: Data) -> None:
     """Raise UserError if what is drawn would be found among the pictures that the data hold."""
-    store = Path(os.path.abspath(data.store))
-    for layout in data.layouts:
-        source = Path(layout.source).expanduser()
-        if source.is_dir() and store.is_relative_to(os.path.abspath(source)):
-            asked = f"class images in data.store = {data.store}"
-            found = f'it lies within data.source = "{layout.source}", whose pictures they would be taken for'
-            raise UserError(asked, found, "set data.store to a folder outside")
+    asked = f"class images in data.store = {data.store}"
+    check_outside(data.store, data.layouts, asked, "set data.store to a folder outside")
 
 
 def find(config: Config) -> Pictures:

@@ -100,6 +100,23 @@ def test_weights_are_counted_from_the_headers(weights: Path) -> None:
     assert count(list((weights / "unet").glob("*.safetensors"))) == real
 
 
+def test_a_run_within_the_data_that_it_reads_is_refused(settings: Settings, tmp_path: Path) -> None:
+    """Its export's and previews' pictures would be data, and it could not go on."""
+    images = tmp_path / "images"
+    (tmp_path / "link").symlink_to(images)
+    (images / "out").symlink_to(tmp_path / "runs")
+    for output in ("images", "images/runs", "link/runs", "images/out"):
+        assert "it lies within the source" in refused(settings | {"output": str(tmp_path / output)}), output
+    others = shutil.copytree(images, tmp_path / "others", ignore=shutil.ignore_patterns("out"))
+    held = settings | {"output": str(others / "runs"), "validation": {"source": str(others), "samples": 1}}
+    assert f'within the source "{others}"' in refused(held)
+    check(config.parse(settings | {"output": str(images / ".runs")}), 1, "cpu")
+    # A list takes no pictures but those that it names.
+    (others / "train.jsonl").write_text('{"file_name": "0.png", "text": "red"}\n')
+    listed = settings | {"data": settings["data"] | {"source": str(others)}, "output": str(others / "runs")}
+    check(config.parse(listed), 1, "cpu")
+
+
 def test_all_mistakes_come_in_one_message(settings: Settings) -> None:
     settings["batch_size"] = 3
     settings["data"] |= {"source": "./nowhere", "resolution": 72}

@@ -152,7 +152,9 @@ def test_a_model_of_random_numbers_has_no_prior(place: Path) -> None:
 def test_a_store_within_the_data_is_refused(place: Path, tmp_path: Path) -> None:
     """Class images would become pictures of the instance, without a word."""
     shutil.copytree(place / "pictures", tmp_path / "all")
-    for store, good in (("all/cache", False), ("all", False), ("all-cache", True)):
+    (tmp_path / "link").symlink_to(tmp_path / "all")
+    stores = ("all/cache", False), ("all", False), ("link/cache", False), ("all-cache", True)
+    for store, good in stores:
         config = config_of(place, tmp_path, data__source=str(tmp_path / "all"))
         config = parse(config.model_dump() | {"data": config.data.model_dump() | {"store": tmp_path / store}})
         if good:

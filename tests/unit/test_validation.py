@@ -184,9 +184,16 @@ def test_what_cannot_be_is_told(place: Path) -> None:
     for source in ("pictures", ".", "pictures/000.png"):
         text = refused({"source": str(place / source)})
         assert "not apart from the data" in text, text
-    assert "nowhere" in refused({"source": str(place / "nowhere")})
+    assert 'validation.source = "' in refused({"source": str(place / "nowhere")})
     with pytest.raises(UserError, match=r"did you mean validation\.samples"):
         config(place, {"sampels": 3})
+
+
+def test_links_do_not_lead_apart(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").symlink_to(place / "pictures")
+    for link in (tmp_path / "photos", tmp_path / "photos" / "000.png"):
+        with pytest.raises(UserError, match="not apart from the data"):
+            planned(config(place, {"source": str(link)}))
 
 
 def test_a_choice_is_found_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,14 +78,18 @@ def walk(place: Path, top: str = "") -> Iterator[tuple[Listing, str]]:
 
 def is_new(real: str, root: str, seen: set[str]) -> bool:
     """Whether a folder that a link leads to is walked through no other path; it is then among the seen."""
-    inner = (
-        os.path.relpath(real, root) if os.path.splitdrive(real)[0] == os.path.splitdrive(root)[0] else ".."
-    )
-    parts = [] if inner == "." else inner.split(os.sep)
-    if real in seen or not any(part.startswith(".") for part in parts):
+    if real in seen or walked(real, root):
         return False
     seen.add(real)
     return True
+
+
+def walked(real: str, root: str) -> bool:
+    """Whether a path lies in a folder or below it, and is not hidden there."""
+    if os.path.splitdrive(real)[0] != os.path.splitdrive(root)[0]:
+        return False
+    inner = os.path.relpath(real, root)
+    return inner == "." or not any(part.startswith(".") for part in inner.split(os.sep))
 
 
 def listed(place: Path, path: str) -> tuple[Listing, set[str]]:

@@ -1,12 +1,14 @@
 """Which kind of source lies in a place, where the config does not say."""
 
+import os
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sfumato.config import Layout
-from sfumato.data.sources.files import IMAGES, PICTURES, suffix, walk
+from sfumato.data.sources.files import IMAGES, PICTURES, suffix, walk, walked
 from sfumato.data.sources.lists import KINDS as LIST_KINDS
 from sfumato.data.sources.lists import LISTS, NESTED
 from sfumato.data.sources.remote import is_url, public
@@ -110,6 +112,28 @@ def holds_images(layout: Layout) -> bool:
     except UserError as error:
         return f'data.image_column = "{layout.image_column}"' not in error.asked
     return True
+
+
+def check_outside(place: Path, layouts: Iterable[Layout], asked: str, do: str) -> None:
+    """Raise UserError where pictures that are written to a place would be taken for those of a source.
+
+    asked, do: of the error. A source with a description of itself takes no others.
+    """
+    for layout in layouts:
+        source = Path(layout.source).expanduser()
+        # Links are followed here and there, and a link within a folder is walked as a part of it.
+        ways = (os.path.abspath, os.path.realpath)
+        if source.is_dir() and any(walked(way(place), way(source)) for way in ways) and takes_any(layout):
+            found = f'it lies within the source "{layout.source}", whose pictures they would be taken for'
+            raise UserError(asked, found, do)
+
+
+def takes_any(layout: Layout) -> bool:
+    """Whether every picture below a folder is its record, or leaves its kind open."""
+    try:
+        return layout.kind in ("auto", "folder") and found(layout) in ("folder", "tar")
+    except UserError:  # it is of no kind, or already of two
+        return True
 
 
 def check_settings(layout: Layout, kind: str) -> None:
