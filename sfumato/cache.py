@@ -41,7 +41,8 @@ Image = tuple[int, Geometry, bytes]  # record, cut, key
 def fill(config: Config, index: Index, cells: Cells, family: Family, place: Ranks) -> Cached:
     """Encode what the store lacks, all ranks together; the view of the store that the loader reads.
 
-    Images that cannot be read or encoded are written to the run's folder, faults/cache-rank-N.jsonl.
+    Images that cannot be read or encoded are written to the run's folder, faults/cache-rank-N.jsonl. Raises
+    UserError on all ranks where they are more than data.max_faults allows.
     """
     filler = Filler(config, index, cells, family, place)
     # On a network file system ranks may see other shards for a while: they decide together.
@@ -158,6 +159,18 @@ class Filler:
                 *self.again[:9],
             )
         write_faults(self.config.folder / "faults" / f"cache-rank-{self.place.rank}.jsonl", faults)
+        self.judge({fault.name for fault in faults})
+
+    def judge(self, bad: set[str]) -> None:
+        """Tell how many records no rank could encode; UserError on every rank where they are too many."""
+        count, total = len(set().union(*self.place.gathered(bad))), len(self.index)
+        allowed = self.config.data.max_faults
+        told = f"{count:,} could not be encoded, as {self.config.folder / 'faults'}/cache-rank-*.jsonl list"
+        if count > allowed * total:
+            asked = f"at most {allowed:.2%} of {total:,} records unusable (data.max_faults)"
+            raise UserError(asked, told, "mend or remove them, or allow more")
+        if count and self.place.first:
+            print(f"of {total:,} records {told}")
 
     def members(self, bucket: int, rank: int = 0, world: int = 1) -> Iterator[int]:
         """One rank's records of a bucket; of one rank alone, all of them."""

@@ -153,9 +153,8 @@ class Samples(Dataset["Batch | UserError"]):
             assert self.cached is not None and self.index.digests is not None
             moments = self.cached.moments(self.index.digests[number].tobytes(), cut)
             if moments is None:
-                raise UserError(
-                    f"the image {record.name}", "it could not be encoded", "see the cache's faults"
-                )
+                found = "it could not be encoded: see faults/cache-rank-*.jsonl of the run"
+                raise UserError(f"the image {record.name}", found, "mend the file, or take it away")
             return moments
         with self.index.open(number) as file:
             picture = decode(file, record.name, cut.resized, self.data.max_pixels)

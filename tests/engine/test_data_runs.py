@@ -1,5 +1,7 @@
 """Every layout trains, in buckets, live and from the cache, on one rank and two, to the same losses."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ import torch
 from sfumato import cache
 from sfumato.config import parse
 from sfumato.data.store import Store
+from sfumato.errors import UserError
 from sfumato.models.family import Family
 from tests.engine import runs
 from tests.engine.layouts import LAYOUTS, laion, records
@@ -221,6 +224,33 @@ def test_what_changes_is_encoded_anew_and_nothing_else(tmp_path: Path, place: Pa
     assert 24 <= records_freed <= 26
     assert fill(asked("a")) == {"images": 0, "captions": 0, "stored": stored - records_freed}
     assert fill(asked("d", data__flip=True))["images"] == 12
+
+
+def strict_and_lenient(values: dict[str, Any]) -> tuple[str, str]:
+    """What is said of a cache where an eighth of the records may be faults, and then where a quarter may."""
+    with pytest.raises(UserError) as caught:
+        cache.encode(parse(values))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        cache.encode(parse(values | {"data": values["data"] | {"max_faults": 0.25}}))
+    return str(caught.value), said.getvalue()
+
+
+def test_all_ranks_refuse_what_one_cannot_encode(tmp_path: Path, place: Path) -> None:
+    told = records(8)
+    for number in (3, 6):  # both are the second rank's
+        name, image, *others = told[number]
+        told[number] = (name, image[:-200], *others)  # type: ignore[assignment]
+    laion(tmp_path / "set", told)
+    (tmp_path / "data.json").write_text(json.dumps({"mine": {"source": str(tmp_path / "set")}}))
+    values = settings(tmp_path, "mine", "broken", data__cache="images", data__max_faults=0.125)
+    values["model"]["weights"] = str(place / "sdxl")
+    (strict, lenient), (other, silent) = run_ranks(strict_and_lenient, 2, values, timeout=100)
+    assert "2 could not be encoded" in strict and strict == other
+    assert "of 8 records 2 could not be encoded" in lenient and "could not be" not in silent
+    listed = sorted((tmp_path / "runs" / "broken" / "faults").iterdir())
+    assert [file.name for file in listed] == ["cache-rank-1.jsonl"]
+    assert len(listed[0].read_text().splitlines()) == 2
 
 
 def slowly(values: dict[str, Any]) -> None:
