@@ -50,7 +50,7 @@ def examine(
         shown.print(table(report))
         for name in ("report.html", "report.json"):
             shown.print(str(out / name), soft_wrap=True, markup=False, highlight=False)
-    if refused := refusal(report, config, out):
+    if refused := refusal(report, examination, out):
         raise refused
     return out / "report.html"
 

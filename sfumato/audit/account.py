@@ -46,6 +46,8 @@ from sfumato.audit.words import ruler
 from sfumato.config import Config
 from sfumato.data.buckets import Cells, reason
 from sfumato.data.index import Index
+from sfumato.data.sources.members import DAMAGED
+from sfumato.data.sources.tars import Damage, damage
 from sfumato.errors import UserError
 from sfumato.report.counter import Counter
 
@@ -69,6 +71,7 @@ class Examination:
         count = len(self.index)
         self.usable = np.zeros(count, bool)
         self.traits = np.zeros(count, np.uint16)
+        self.damage = damage(self.index.sources, self.index.fault_lines())
         self.exact = self.near = Groups(np.zeros(0, np.int64), np.zeros(1, np.int64))
 
 
@@ -86,6 +89,8 @@ def reckon(look: Examination) -> Report:
     config, index, cells, findings = look.config, look.index, look.cells, look.findings
     for fault in index.faults:
         findings.fault(fault.name, fault.reason, "scan")
+        if fault.reason.startswith(DAMAGED):
+            findings.add("damaged_shard", fault.name, fault.reason)
     scan_faults = findings.counts["fault"]
     bucket = fit.buckets_of(cells, len(index))
     walk = Walk(index, config.data.max_pixels, cells.sizes, bucket)
@@ -108,7 +113,7 @@ def reckon(look: Examination) -> Report:
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         sfumato=sfumato.__version__,
         seconds=round(time.perf_counter() - began, 1),
-        verdict=verdict(faults, total, config.data.max_faults),
+        verdict=verdict(faults, total, config.data.max_faults, look.damage),
         sources=[layout.source for layout in config.data.layouts],
         index={"folder": str(index.folder), "fingerprint": index.fingerprint},
         parts=[
@@ -183,12 +188,13 @@ def largest(groups: Groups) -> list[np.ndarray]:
     return [groups.members[groups.starts[place] : groups.starts[place + 1]] for place in order]
 
 
-def verdict(faults: int, total: int, allowed: float) -> dict[str, Any]:
+def verdict(faults: int, total: int, allowed: float, damaged: Damage | None) -> dict[str, Any]:
     """Whether a run can start."""
     share, can_start = faults / total, faults <= allowed * total
-    told = (
-        f"{faults:,} of {total:,} records cannot be used ({share:.2%}), data.max_faults allows {allowed:.2%}"
-    )
+    can_start = can_start and not (damaged and damaged.refusal(allowed))
+    told = f"{faults:,} of {total:,} records cannot be used ({share:.2%})"
+    told += f", and {damaged.damaged:,} of {damaged.shards:,} shards are damaged" if damaged else ""
+    told += f", data.max_faults allows {allowed:.2%}"
     return {
         "can_start": can_start,
         "faults": faults,
@@ -199,13 +205,14 @@ def verdict(faults: int, total: int, allowed: float) -> dict[str, Any]:
     }
 
 
-def refusal(report: Report, config: Config, out: Path) -> UserError | None:
+def refusal(report: Report, look: Examination, out: Path) -> UserError | None:
     """The error for data that a run refuses."""
-    if report["verdict"]["can_start"]:
-        return None
     faults, total = report["verdict"]["faults"], report["verdict"]["records"]
+    allowed = look.config.data.max_faults
+    if faults <= allowed * total:
+        return look.damage.refusal(allowed) if look.damage else None
     return UserError(
-        f"at most {config.data.max_faults:.2%} of {total:,} records unusable (data.max_faults)",
+        f"at most {allowed:.2%} of {total:,} records unusable (data.max_faults)",
         f"{faults:,} ({faults / total:.2%}): {'; '.join(list(report['reasons'])[:3])}",
         f"mend or remove those that {out / 'faults.jsonl'} lists, or allow more",
     )

@@ -35,6 +35,12 @@ KINDS = {
         "A run sets these aside, and other records take their place. Fetch or export the files again, or "
         "take them away.",
     ),
+    "damaged_shard": Kind(
+        "fault",
+        "Shards of which a part is lost",
+        "What follows the damage is lost, however much that is. Fetch or write them again: each counts whole "
+        "where data.max_faults is compared with the share of all shards.",
+    ),
     "too_small": Kind(
         "fault",
         "Smaller than every bucket",

@@ -32,8 +32,9 @@ from sfumato.check.rules import (
 )
 from sfumato.config import Config
 from sfumato.data.buckets import Cells, reason
-from sfumato.data.held import Held, held_out, left_out
+from sfumato.data.held import Held, check_faults, held_out, left_out
 from sfumato.data.index import Index, open_index
+from sfumato.data.sources.tars import damage
 from sfumato.engine.cells import check_cells
 from sfumato.engine.ds_keys import deepspeed_faults
 from sfumato.engine.published import checkpoints_in
@@ -124,6 +125,8 @@ class Plan:
         yield from looks(self.config, self.held, self.world)
         if faults := self.index.facts["faults"]:
             yield "faults", f"{faults:,} unusable, as listed in {self.index.folder / 'faults.jsonl'}"
+        if damaged := damage(self.index.sources, self.index.fault_lines()):
+            yield "", str(damaged)
         if unplaced := len(self.cells.unplaced):
             yield "", f"{unplaced:,} without a bucket: {reason(data)}"
         if data.cache != "none":
@@ -188,7 +191,7 @@ def check(
     with noted(faults):
         check_views(config)
         index = open_index(data, digests=data.cache in IMAGES, verify=verify, tell=tell)
-        index.check_faults(data)
+        check_faults(index, data)
         held = held_out(config.validation, data, index, verify, tell)
         cells = Cells.build(
             index.folder, data, index.sizes, index.part, len(index.parts), without=left_out(held)

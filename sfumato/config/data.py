@@ -148,8 +148,8 @@ class Data(Layout):
     store: Path = Path("cache")
     """The folder of what is made from data: indexes and caches. Runs share it."""
     max_faults: float = Field(0.01, ge=0, le=1)
-    """Share of records that may be unusable before a run is refused. They are listed, and others take
-    their place."""
+    """Share of records that may be unusable before a run is refused; they are listed, and others take their
+    place. Also share of tar shards that may be damaged: of one nobody knows how much is lost."""
     max_pixels: int = Field(178_956_970, ge=64)
     """A picture of more pixels is a fault: a small file can be made that decodes to gigabytes."""
     workers: int = Field(2, ge=0)

@@ -22,6 +22,7 @@ from sfumato.config import Data, Validation
 from sfumato.data.aspects import targets
 from sfumato.data.buckets import CHUNK, NONE
 from sfumato.data.index import Index, located, open_index
+from sfumato.data.sources.tars import damage
 from sfumato.errors import UserError
 
 FORMAT = 1
@@ -94,11 +95,19 @@ def held_out(
     own = own_data(asked.source, data)
     try:
         found = open_index(own, verify=verify, tell=tell)
-        found.check_faults(own)
+        check_faults(found, own)
     except UserError as error:
         said = error.asked.replace("data.source", "validation.source")
         raise UserError(said, error.found, error.do) from error
     return chosen(asked, own, found, None)
+
+
+def check_faults(index: Index, data: Data) -> None:
+    """Raise UserError if more records, or more shards, are of no use than data.max_faults allows."""
+    index.check_faults(data)
+    damaged = damage(index.sources, index.fault_lines())
+    if damaged and (refused := damaged.refusal(data.max_faults)):
+        raise refused
 
 
 def own_data(source: str, data: Data) -> Data:

@@ -1,6 +1,7 @@
 """All that can be refused before a model is loaded is refused, at once and with our settings' names."""
 
 import shutil
+import tarfile
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,22 @@ def test_a_plan_of_several_parts_in_buckets_says_their_shares(settings: Settings
 def test_data_that_cannot_be_is_refused(settings: Settings, data: dict[str, Any], words: str) -> None:
     settings["data"] |= data
     assert words in refused(settings)
+
+
+def test_a_damaged_shard_has_a_line_of_its_own(settings: Settings, tmp_path: Path) -> None:
+    images = Path(settings["data"]["source"])
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for file in sorted(images.iterdir()):
+                tar.add(file, file.name)
+    whole = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 8])
+    settings["data"] |= {"source": f"{tmp_path}/{{a,b}}.tar", "max_faults": 0.4}
+    assert "1 of 2 shards damaged" in refused(settings)
+    settings["data"]["max_faults"] = 0.5
+    assert "1 of 2 shards damaged, by how much is unknown: b.tar is" in str(
+        check(config.parse(settings), 1, "cpu")
+    )
 
 
 def test_too_many_faults_are_refused(settings: Settings) -> None:

@@ -17,6 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sfumato.audit import examine
+from sfumato.config import Data, parse
+from sfumato.data.held import check_faults
+from sfumato.data.index import open_index
 from sfumato.data.sources import Entry, Source, Span, open_source
 from sfumato.data.sources.patterns import expand
 from sfumato.data.sources.tars import Tars
@@ -294,14 +298,34 @@ def test_damaged_shards(tmp_path: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(good)) as tar:
         after = tar.getmember("000000002.json").offset
     names, fault = damaged(tmp_path, good[:after])
-    assert names == three and f"cut off at byte {after:,}" in fault
+    assert names == three and fault.startswith(f"damaged from byte {after:,} on") and "cut off" in fault
     # Python's tarfile takes this for the end of the tar, without a word.
     names, fault = damaged(tmp_path, good[: at + 150] + b"\xff" + good[at + 151 :])
-    assert names == three[:2] and f"damaged at byte {at:,}" in fault
+    assert names == three[:2] and f"damaged from byte {at:,}" in fault
     names, fault = damaged(tmp_path, good + good)
     assert names == [f"{n:09}" for n in range(4)] and "another tar" in fault
     for junk in (b"", b"x" * 5000, b"\x1f\x8b" + bytes(range(256)) * 9, good[:300]):
         assert damaged(tmp_path, junk)[0] == []
+
+
+def test_a_damaged_shard_counts_whole(tmp_path: Path) -> None:
+    """It is one fault, whatever is lost: of two shards one has most of its records behind the damage."""
+    for number, data in enumerate((whole(), whole()[: header(1)])):
+        (tmp_path / f"{number}.tar").write_bytes(data)
+    told = {"source": str(tmp_path), "resolution": 64, "store": str(tmp_path / "cache"), "max_faults": 0.4}
+    index = open_index(data := Data(**told))
+    index.check_faults(data)  # 1 of 6
+    with pytest.raises(
+        UserError, match=rf"1 of 2 shards damaged.*1\.tar is damaged from byte {header(1):,} on"
+    ):
+        check_faults(index, data)
+    check_faults(index, data.model_copy(update={"max_faults": 0.5}))
+    values = {"steps": 1, "batch_size": 1, "model": {"weights": "nowhere"}, "data": told}
+    with pytest.raises(UserError, match="1 of 2 shards damaged"):
+        examine(parse(values), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert not report["verdict"]["can_start"] and "1 of 2 shards" in report["verdict"]["text"]
+    assert [each["count"] for each in report["problems"] if each["kind"] == "damaged_shard"] == [1]
 
 
 def test_tarfile_itself_would_lose_records() -> None:

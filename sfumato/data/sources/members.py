@@ -15,6 +15,8 @@ MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own
 BLOCK = 512  # bytes: a header is one, and the first of zeros is the end
 HEADER = 2**20  # bytes of a member's header, which may hold a long name
+DAMAGED = "damaged from byte"
+"""What the fault of a shard begins with of which an unknown part is lost."""
 BEHIND = 2**20  # bytes after a tar's end that are looked at: programs fill up their last block with zeros
 
 
@@ -104,7 +106,7 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         file.seek(offset)
         block = file.read(BLOCK)
         if not block:
-            raise Unusable(f"damaged: it was cut off at byte {offset:,}, what followed is lost")
+            raise damaged(offset, "it was cut off there")
         if not block.strip(b"\0"):
             break
         try:
@@ -113,15 +115,19 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 tar = tarfile.TarFile(fileobj=headers, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
             file.seek(offset)
             member = tarfile.TarInfo.fromtarfile(tar)
-        except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:
-            said = shown(str(error))
-            raise Unusable(f"damaged at byte {offset:,}, or no tar: {said}; the rest is lost") from None
+        except (tarfile.TarError, ValueError, LookupError, OverflowError, Unusable) as error:
+            raise damaged(offset, f"{shown(str(error))}, or it is no tar") from None
         end = member.offset_data + member.size
         whole = member.isreg() and not member.issparse()
         if tar.offset <= offset or (whole and end > size):
-            raise Unusable(f"damaged: {shown(member.name)} ends beyond the file, or before its beginning")
+            raise damaged(offset, f"{shown(member.name)} ends beyond the file, or before its beginning")
         offset = tar.offset
         yield member
     file.seek(offset)
     if file.read(BEHIND).strip(b"\0"):
-        raise Unusable(f"damaged: more follows after its end at byte {offset:,}, perhaps another tar")
+        raise damaged(offset, "more follows after its end, perhaps another tar")
+
+
+def damaged(offset: int, why: str) -> Unusable:
+    """The error for a tar that cannot be read from a byte on."""
+    return Unusable(f"{DAMAGED} {offset:,} on, what follows in it is lost: {why}")

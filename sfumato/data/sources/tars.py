@@ -3,14 +3,15 @@
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sfumato.config import Layout
 from sfumato.data.sources import Entry, Source, Span, digest, remote
 from sfumato.data.sources.files import UNREAD, hashed, open_file, open_window, stamp_of, walk
-from sfumato.data.sources.members import Files, records
+from sfumato.data.sources.members import DAMAGED, Files, records
 from sfumato.data.sources.patterns import expand
 from sfumato.data.sources.texts import Texts, Unusable, beside, shown, sidecars
 from sfumato.errors import UserError
@@ -131,6 +132,35 @@ class Tars(Source):
         if remote.is_url(place):
             return remote.open_part(place, span.start, span.length)
         return open_window(Path(place), span.start, span.length)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Shards of which an unknown part is lost: each counts as one fault, whatever it held."""
+
+    shards: int
+    """All there are."""
+    damaged: int
+    first: str
+    """One of them, and what is wrong with it."""
+
+    def __str__(self) -> str:
+        told = f"{self.damaged:,} of {self.shards:,} shards damaged, by how much is unknown"
+        return f"{told}: {self.first}"
+
+    def refusal(self, allowed: float) -> UserError | None:
+        """The error where they are a larger share of the shards than `allowed`: they count as lost whole."""
+        if self.damaged <= allowed * self.shards:
+            return None
+        asked = f"at most {allowed:.2%} of {self.shards:,} shards damaged (data.max_faults)"
+        return UserError(asked, str(self), "fetch or write them again, or allow more")
+
+
+def damage(sources: Iterable[Source], faults: Iterable[Sequence[Any]]) -> Damage | None:
+    """The damage of the shards of some sources, None if they are whole; faults: each with name and reason."""
+    wrong = [f"{name} is {reason}" for name, reason, *_ in faults if reason.startswith(DAMAGED)]
+    shards = sum(len(source.shards) for source in sources if isinstance(source, Tars))
+    return Damage(shards, len(wrong), wrong[0]) if wrong else None
 
 
 def found(source: str) -> list[str]:
