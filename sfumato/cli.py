@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from sfumato import config, device, launch, tuning
+from sfumato.drawing.options import check_places
 from sfumato.errors import CONTINUE, Lost, Stopped, UserError
 from sfumato.grammar import parse
 from sfumato.launch.become import as_ranks, world
@@ -165,6 +166,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Draw every prompt with every seed; several ranks share them."""
+    if not launch.supervised():  # before the ranks' logs are made there
+        check_places(arguments.out, arguments.bench)
     code = as_ranks(arguments, arguments.out / "logs")
     if code is not None:
         return code

@@ -16,7 +16,7 @@ from sfumato.drawing import compare, inputs, model, pipelines, prompts, sources
 from sfumato.drawing.depth import estimator
 from sfumato.drawing.draw import draw, strength_of
 from sfumato.drawing.model import Opened, Ready, open_model
-from sfumato.drawing.options import weighted
+from sfumato.drawing.options import check_places, weighted
 from sfumato.drawing.pictures import Album, Drawing
 from sfumato.drawing.request import Picture, Sampling, Shot
 from sfumato.drawing.schedulers import class_of
@@ -93,7 +93,8 @@ def sample(request: Request, place: Place = Place()) -> list[Path]:  # noqa: B00
     """
     if request.compare is not None and request.bench is not None:
         raise UserError("--compare and --bench", "one call does one of them", "leave one out")
-    check_file(request.bench)
+    if place.rank == 0:
+        check_places(request.out, request.bench)
     shots = asked_shots(request)
     columns = compare.columns_of(request.model, request.compare) if request.compare else []
     sources = [source for _, source in columns] or [request.model]
@@ -276,14 +277,6 @@ def agreed(album: Album, place: Place) -> Album:
         dist.broadcast_object_list(first)
         album.first = first[0]
     return album
-
-
-def check_file(file: Path | None) -> None:
-    """Raise UserError for a file of figures that is there, or that cannot be written."""
-    if file is not None and file.exists():
-        raise UserError(f"--bench {file}", "it is there already", "name another file, or take it away")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--bench {file}", "its folder is not there", "make the folder")
 
 
 def check_finite(drawings: Sequence[Drawing], dtype: str) -> None:

@@ -1,8 +1,12 @@
 """What `sfumato sample` can be told. Imports no torch."""
 
 import argparse
+import os
 import re
+import tempfile
 from pathlib import Path
+
+from sfumato.errors import UserError
 
 WINDOWS = (77, 150, 225)
 VAE = ("whole", "sliced", "tiled")
@@ -150,6 +154,35 @@ def size(text: str) -> tuple[int, int]:
     if match is None or not all(int(side or 1) for side in match.groups()):
         raise argparse.ArgumentTypeError(f"{text} is no size: write 512 or 768x512")
     return int(match[1]), int(match[2] or match[1])
+
+
+def check_places(out: Path, bench: Path | None) -> None:
+    """Raise UserError for a folder of pictures or a file of figures that is there or cannot be written."""
+    check_folder(f"--out {out}", out)
+    if bench is not None and os.path.exists(bench):
+        raise UserError(f"--bench {bench}", "it is there already", "name another file, or take it away")
+    if bench is not None:
+        check_file(f"--bench {bench}", bench)
+
+
+def check_file(asked: str, file: Path) -> None:
+    """Raise UserError for a file that cannot be written, without a trace of the attempt."""
+    if not os.path.isdir(file.absolute().parent):
+        raise UserError(asked, f"no folder {file.absolute().parent}", "make it, or name another")
+    if not os.path.exists(file):
+        check_folder(asked, file.parent)
+    elif file.is_dir() or not os.access(file, os.W_OK):
+        raise UserError(asked, "it is there, and cannot be written", "name another file")
+
+
+def check_folder(asked: str, folder: Path) -> None:
+    """Raise UserError for a folder to which no file can be written, or that cannot be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        found = f"{there} takes no file: {error.strerror}" if there.is_dir() else f"{there} is no folder"
+        raise UserError(asked, found, "name another place") from None
 
 
 def weighted(word: str) -> tuple[Path, float]:

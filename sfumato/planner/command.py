@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sfumato import tuning
 from sfumato.config import Config
+from sfumato.drawing.options import check_file
 from sfumato.errors import UserError
 from sfumato.planner.devices import find, like
 from sfumato.planner.ways import check_asked
@@ -37,8 +38,8 @@ def plan(
     for option, given, as_in in (("--memory", memory, 24), ("--host-memory", host, 256)):
         if given is not None and not 0 < given < MOST:
             raise UserError(f"{option} {given:g}", "that is no size", f"give GB, such as {option} {as_in}")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--json {file}", f"no folder {file.absolute().parent}", "make it, or name another")
+    if file is not None:
+        check_file(f"--json {file}", file)
     named = find(device) if device is not None else None
     size = 1e9 * (memory if memory is not None else named.memory if named is not None else 0)
     own = None if host is None else 1e9 * host

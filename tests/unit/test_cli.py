@@ -58,6 +58,8 @@ def test_presets_are_listed_with_their_sentences() -> None:
             ["check", "sdxl-train-bf16", "data.source=0.tar", "data.source=1.tar"],
             "they set data.source twice",
         ),
+        (["plan", "sdxl-train-bf16", "--memory", "80", "--json", "/proc/x.json"], "/proc takes no file"),
+        (["sample", "none", "p", "--out", __file__, "--gpus", "2"], f"{__file__} is no folder"),
     ],
 )
 def test_a_users_mistake(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

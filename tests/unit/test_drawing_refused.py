@@ -110,7 +110,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "an inpainting model without a mask": (["p", "in:nine"], ["9 channels", "--mask"]),
     "a run without an export": (["p", "--compare", "run"], ["none of its checkpoints holds an export"]),
     "what is no run": (["p", "--compare", "sd"], ["no run is there"]),
-    "figures into no folder": (["p", "--bench", "nowhere/f.json"], ["its folder is not there"]),
+    "figures into no folder": (["p", "--bench", "nowhere/f.json"], ["no folder", "nowhere"]),
+    "figures where no file can be": (["p", "--bench", "/proc/f.json"], ["/proc takes no file"]),
+    "pictures into a file": (["p", "--out", "64.png"], ["64.png is no folder"]),
+    "pictures into a file's folder": (["p", "--out", "64.png/out"], ["64.png is no folder"]),
+    "pictures where no file can be": (["p", "--out", "/proc/out"], ["/proc takes no file"]),
     "figures of a comparison": (["p", "--bench", "f.json", "--compare", "run"], ["leave one out"]),
     "no model": (["p", "in:empty.txt"], ["a file; Sfumato reads diffusers folders"]),
 }
