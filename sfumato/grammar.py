@@ -7,25 +7,31 @@ from pathlib import Path
 import sfumato
 from sfumato.drawing import presets
 from sfumato.drawing.options import positive, sampling_options
+from sfumato.errors import UserError
 from sfumato.slurm.options import slurm_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as `verb` and its arguments; ends the process with a message if it makes no sense.
 
-    Raises UserError for a faulty preset of `sample`.
+    Raises UserError for a faulty preset of `sample`, and for a second model.
     """
     parser = grammar()
     argv, behind = parted(argv)
     # Overrides and prompts may stand before and after options, which argparse cannot say.
     arguments, rest = parser.parse_known_args(argv)
     if arguments.verb == "sample" and (preset := presets.find(arguments.model)) is not None:
-        said = presets.defaults(preset, arguments.options)
+        own, said = arguments, presets.defaults(preset, arguments.options)
         arguments.options.set_defaults(**said)
         arguments, rest = parser.parse_known_args(argv)
         arguments.model = arguments.instead or said["model"]
         # What the command line says of prompts stands in the place of the preset's.
-        arguments.prompts = [] if rest else arguments.prompts
+        arguments.prompts = own.prompts if rest else arguments.prompts
+        if own.depth not in (None, "auto"):  # a map takes the place of the preset's model, too
+            arguments.depth_model = own.depth_model
+    elif arguments.verb == "sample" and arguments.instead is not None:
+        found = f"the model is {arguments.model}, which is no preset"
+        raise UserError(f"--model {arguments.instead}", found, "name one model: sfumato sample MODEL")
     if hasattr(arguments, "prompts"):
         arguments.prompts += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]

@@ -123,6 +123,8 @@ def asked_shots(request: Request) -> list[Shot]:
         class_of(request.sampling.scheduler)
     if request.depth is not None and request.condition is not None:
         raise UserError("--depth and --condition", "both are what the ControlNet is shown", "leave one out")
+    if request.depth_model is not None and request.depth != "auto":
+        raise UserError(f"--depth-model {request.depth_model}", "no --depth auto", "add it, or leave it out")
     lines = prompts.gather(request.prompts, request.file)
     lines = prompts.paired(lines, "image", request.image)
     lines = prompts.paired(lines, "mask", request.mask)
@@ -140,6 +142,9 @@ def asked_shots(request: Request) -> list[Shot]:
     elif request.sampling.strength is not None:
         asked = f"--strength {request.sampling.strength}"
         raise UserError(asked, "no image that is changed", "name it with --image")
+    if request.sampling.control_scale != Sampling.control_scale and "condition" not in shots[0].roles:
+        asked = f"--control-scale {request.sampling.control_scale:g}"
+        raise UserError(asked, "no ControlNet that adds anything", "name one with --control")
     return shots
 
 

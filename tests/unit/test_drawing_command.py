@@ -367,6 +367,7 @@ def test_depth_is_estimated(toys: Path, tmp_path: Path) -> None:
         toys, control=str(toys / "control"), image=toys / "image.png", depth="auto", depth_model=str(folder)
     )
     auto = sample(replace(request, out=tmp_path / "auto"))
+    request = replace(request, depth_model=None)
     ready = sample(replace(request, depth=str(tmp_path / "depth.png"), out=tmp_path / "ready"))
     assert np.array_equal(pixels(auto[0]), pixels(ready[0]))
     other = sample(replace(request, depth=str(toys / "image.png"), out=tmp_path / "other"))

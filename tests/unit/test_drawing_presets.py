@@ -59,6 +59,20 @@ def test_the_command_line_comes_first() -> None:
     assert found.seeds == [8, 23, 42, 1334]
     behind = parse(["sample", "sdxl-draw", "--steps", "7", "a red fox"])
     assert behind.prompts == ["a red fox"]
+    around = parse(["sample", "sdxl-draw", "a red fox", "--steps", "7", "two cats"])
+    assert around.prompts == ["a red fox", "two cats"]
+
+
+def test_a_map_takes_the_place_of_the_presets_depth_and_its_model() -> None:
+    assert parse(["sample", "sdxl-draw-depth", "--depth", "map.png"]).depth_model is None
+    assert parse(["sample", "sdxl-draw-depth", "--depth", "auto"]).depth_model == "Intel/dpt-hybrid-midas"
+    both = parse(["sample", "sdxl-draw-depth", "--depth", "map.png", "--depth-model", "mine"])
+    assert both.depth_model == "mine", "so that it is refused"
+
+
+def test_a_second_model_is_refused() -> None:
+    with pytest.raises(UserError, match="runs/mine, which is no preset"):
+        parse(["sample", "runs/mine", "a red fox", "--model", "runs/other"])
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["p", "--depth", "auto", "--image", "64.png", "--control", "sd-control", "--depth-model", "nothing"],
         ["no such folder", "--depth FILE"],
     ),
+    "a depth model of no use": (
+        ["p", "--depth-model", "x", "--depth", "64.png", "--control", "sd-control"],
+        ["--depth-model x", "no --depth auto"],
+    ),
+    "a scale of no ControlNet": (["p", "--control-scale", "0.5"], ["no ControlNet that adds anything"]),
     "depth and condition": (["p", "--depth", "64.png", "--condition", "64.png"], ["leave one out"]),
     "an unknown scheduler": (["p", "--scheduler", "ddpm++"], ["choose ddim, euler"]),
     "offload on a CPU": (["p", "--offload"], ["everything computes on the CPU"]),
