@@ -268,6 +268,7 @@ def measured(
         place.device,
         request.warm_up,
         request.repeats,
+        place.world,
     )
     if place.rank != 0:
         return []

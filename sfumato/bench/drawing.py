@@ -3,7 +3,8 @@
 The dict of figures, which is written as JSON, format 1:
 
     format, made (UTC), device, dtype, model, settings   on what and with what: the facts of the first drawing
-    pictures, batch, ranks... in each round; warm_up, rounds
+    pictures, batch, ranks                               in each round
+    warm_up                                              rounds before those that are measured
     iterations_per_second, seconds_per_picture           {median, rounds: [one of each round]}
     machine                                              see machine.py
 """
@@ -21,6 +22,12 @@ from torch import nn
 from sfumato.bench.machine import machine
 from sfumato.device import name_of, synchronize
 from sfumato.drawing.pictures import Drawing
+
+SETTINGS = (
+    *("steps", "guidance", "guidance_rescale", "scheduler", "width", "height", "strength", "window"),
+    *("emphasis", "loras", "control", "control_scale", "vae", "compile", "offload"),
+)
+"""The facts of a drawing on which its speed may depend."""
 
 
 class Watch:
@@ -68,11 +75,12 @@ def measure(
     device: torch.device,
     warm_up: int,
     repeats: int,
+    ranks: int,
 ) -> dict[str, Any]:
     """The figures of a drawing that is done `warm_up` and then `repeats` times.
 
     draw: draws all pictures once, and calls what it is given at the end of each step. parts: the modules
-    that a step calls. Where ranks share the pictures, iterations are this rank's and seconds those of all.
+    that a step calls. Where `ranks` share the pictures, iterations are this rank's and seconds those of all.
     """
     watch = Watch(parts, device)
     rates: list[float] = []
@@ -91,16 +99,16 @@ def measure(
     finally:
         watch.close()
     facts = drawings[0].facts()
-    names = ("steps", "guidance", "scheduler", "width", "height", "strength", "control", "loras", "window")
     return {
         "format": 1,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": facts["model"],
         "device": name_of(device),
         "dtype": facts.get("dtype"),
-        "settings": {name: facts[name] for name in names if name in facts},
+        "settings": {name: facts[name] for name in SETTINGS if name in facts},
         "pictures": len(drawings),
         "batch": drawings[0].sampling.batch_size,
+        "ranks": ranks,
         "warm_up": warm_up,
         "iterations_per_second": {"median": statistics.median(rates), "rounds": rates},
         "seconds_per_picture": {"median": statistics.median(seconds), "rounds": seconds},

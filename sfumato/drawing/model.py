@@ -52,6 +52,8 @@ class Ready:
             facts["vae"] = self.vae
         if self.compile:
             facts["compile"] = True
+        if self.offload:
+            facts["offload"] = True
         return facts
 
 

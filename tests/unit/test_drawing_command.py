@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
+from sfumato.bench.drawing import SETTINGS
 from sfumato.drawing import pictures, sources
 from sfumato.drawing.depth import estimator
 from sfumato.drawing.draw import draw
+from sfumato.drawing.model import Ready
 from sfumato.drawing.pictures import Album, write
 from sfumato.drawing.pipelines import open_pipeline
 from sfumato.drawing.request import Sampling, shots
@@ -343,9 +345,12 @@ def test_figures_of_speed(toys: Path, tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
     how = replace(QUICK, steps=4, strength=0.5)
     request = asked(toys, "a", "b", bench=file, warm_up=1, repeats=2, out=tmp_path / "out", sampling=how)
+    request = replace(request, vae="tiled", emphasis=True)
     assert sample(replace(request, image=toys / "image.png")) == [file]
     found = json.loads(file.read_text())
-    assert (found["pictures"], found["warm_up"], found["settings"]["strength"]) == (2, 1, 0.5)
+    assert (found["pictures"], found["warm_up"], found["ranks"]) == (2, 1, 1)
+    wanted = {"strength": 0.5, "guidance_rescale": 0.0, "vae": "tiled", "emphasis": True}
+    assert wanted.items() <= found["settings"].items()
     rates, seconds = found["iterations_per_second"], found["seconds_per_picture"]
     assert len(rates["rounds"]) == len(seconds["rounds"]) == 2
     for rate, second in zip(rates["rounds"], seconds["rounds"], strict=True):
@@ -354,6 +359,14 @@ def test_figures_of_speed(toys: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists(), "pictures were written"
     with pytest.raises(UserError, match="it is there already"):
         sample(request)
+
+
+def test_figures_name_all_that_a_model_is_drawn_with() -> None:
+    found, cpu = sources.Found(Path("m")), torch.device("cpu")
+    how = Ready("m", found, 77, True, ((Path("a"), 1.0),), Path("c"), "fp32", cpu, True, "tiled", True)
+    assert all(getattr(how, field.name) for field in fields(how)), "a setting is left as it is by itself"
+    assert how.settings().keys() - {"dtype"} <= set(SETTINGS)
+    assert {"emphasis", "loras", "control", "vae", "compile", "offload"} <= how.settings().keys()
 
 
 def test_depth_is_estimated(toys: Path, tmp_path: Path) -> None:
