@@ -12,6 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from sfumato.bench import drawing as speed
+from sfumato.config.reading import check_text
 from sfumato.drawing import compare, inputs, model, pipelines, prompts, sources
 from sfumato.drawing.depth import estimator
 from sfumato.drawing.draw import draw, strength_of
@@ -125,6 +126,7 @@ def asked_shots(request: Request) -> list[Shot]:
         raise UserError("--depth and --condition", "both are what the ControlNet is shown", "leave one out")
     if request.depth_model is not None and request.depth != "auto":
         raise UserError(f"--depth-model {request.depth_model}", "no --depth auto", "add it, or leave it out")
+    check_text(request.sampling.negative or "", f"--negative {request.sampling.negative!r}")
     lines = prompts.gather(request.prompts, request.file)
     lines = prompts.paired(lines, "image", request.image)
     lines = prompts.paired(lines, "mask", request.mask)

@@ -103,8 +103,17 @@ def as_table(name: str, value: Any) -> Any:
     return {"auto": True} if name == "engine" and value == "auto" else value
 
 
+def check_text(text: str, asked: str) -> None:
+    """Raise UserError for half a letter, such as Python makes of a command line's bytes not in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(asked, "it is not valid Unicode text", "write it in UTF-8") from None
+
+
 def set_value(values: dict[str, Any], override: str) -> None:
     """Apply one `a.b=value` to nested tables; the value is TOML, or a plain string."""
+    check_text(override, f"the override {override!r}")
     _, equals, text = override.partition("=")
     if not equals or not key_of(override):
         raise UserError(f"the override {override!r}", "it has no key=value form", "write for example seed=7")

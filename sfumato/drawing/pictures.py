@@ -76,7 +76,12 @@ class Drawing:
             )
         if shot.condition is not None:
             facts["control_scale"] = how.control_scale
-        return facts | {"finite": self.finite, "software": f"Sfumato {sfumato.__version__}"}
+        facts |= {"finite": self.finite, "software": f"Sfumato {sfumato.__version__}"}
+        # Names of files need not be in UTF-8, and what is written is.
+        return {
+            name: value.encode(errors="replace").decode() if isinstance(value, str) else value
+            for name, value in facts.items()
+        }
 
     def file_name(self, first: int = 0) -> str:
         """What its file is called, if the first drawing's number is `first`."""

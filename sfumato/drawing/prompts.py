@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.config.reading import check_text
 from sfumato.drawing.request import ROLES, Picture, Shot
 from sfumato.errors import UserError
 
@@ -34,6 +35,8 @@ class Line:
 
 def gather(prompts: Sequence[str], file: Path | None) -> list[Line]:
     """The prompts of the command line, then those of a file. Raises UserError where there are none."""
+    for prompt in prompts:
+        check_text(prompt, f"the prompt {prompt!r}")
     lines = [Line(prompt) for prompt in prompts]
     if file is not None:
         lines += read_file(file)
@@ -78,6 +81,8 @@ def read_object(text: str, file: Path, where: str) -> Line:
     for key in ("negative", *ROLES):
         if not isinstance(value.get(key), str | None):
             raise UserError(where, f"{key} is no text", f'write "{key}": "..."')
+    for key in ("prompt", "negative", *ROLES):
+        check_text(value.get(key) or "", f"{where}: {key}")
     pictures = {role: file.parent / value[role] for role in ROLES if value.get(role) is not None}
     return Line(value["prompt"], value.get("negative"), seeds_of(value, where), **pictures, where=where)
 

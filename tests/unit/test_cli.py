@@ -58,6 +58,7 @@ def test_presets_are_listed_with_their_sentences() -> None:
             ["check", "sdxl-train-bf16", "data.source=0.tar", "data.source=1.tar"],
             "they set data.source twice",
         ),
+        (["train", "sdxl-train-bf16", 'preview.prompts=["caf\udce9"]'], "not valid Unicode text"),
         (["plan", "sdxl-train-bf16", "--memory", "80", "--json", "/proc/x.json"], "/proc takes no file"),
         (["sample", "none", "p", "--out", __file__, "--gpus", "2"], f"{__file__} is no folder"),
     ],

@@ -416,3 +416,9 @@ def test_labels_name_what_tells_rows_apart() -> None:
     found = [pictures.Drawing(shot.row, shot, image, QUICK, "") for shot in two]
     assert pictures.labels(found) == ["a (0.png)", "a (1.png)"]
     assert pictures.labels(found[:1] * 2) == ["a", "a"]
+
+
+def test_a_picture_whose_name_is_not_in_utf8(tmp_path: Path) -> None:
+    shot = replace(shots(["a"], [1])[0], image=Path("caf\udce9.png"))
+    write([pictures.Drawing(0, shot, Image.new("RGB", (8, 8)), QUICK, "")], tmp_path)
+    assert json.loads((tmp_path / pictures.LIST).read_text("utf-8"))["image"] == "caf?.png"

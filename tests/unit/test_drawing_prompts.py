@@ -47,6 +47,8 @@ def test_a_list_of_objects(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "seeds": []}', "whole numbers"),
         ("p.jsonl", '{"prompt": "a", "seed": "1"}', "whole numbers"),
         ("p.jsonl", '{"prompt": "a", "image": 1}', "image is no text"),
+        ("p.jsonl", '{"prompt": "a \\ud800 b"}', "line 1: prompt(.|\n)*not valid Unicode text"),
+        ("p.jsonl", '{"prompt": "a", "image": "\\ud800"}', "line 1: image(.|\n)*not valid Unicode text"),
     ],
 )
 def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
