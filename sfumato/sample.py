@@ -17,10 +17,10 @@ from sfumato.drawing import compare, inputs, model, pipelines, prompts, sources
 from sfumato.drawing.depth import estimator
 from sfumato.drawing.draw import draw, strength_of
 from sfumato.drawing.model import Opened, Ready, open_model
-from sfumato.drawing.options import check_places, weighted
+from sfumato.drawing.options import check_places
 from sfumato.drawing.pictures import Album, Drawing
 from sfumato.drawing.request import Picture, Sampling, Shot
-from sfumato.drawing.schedulers import class_of
+from sfumato.drawing.schedulers import check_steps, class_of
 from sfumato.drawing.words import cut_off
 from sfumato.errors import UserError
 from sfumato.models import control
@@ -70,8 +70,7 @@ class Place:
 def request_of(arguments: argparse.Namespace) -> Request:
     """What a command line asks for."""
     given = {name: value for name, value in vars(arguments).items() if name in Request.__dataclass_fields__}
-    given["seeds"] = tuple(arguments.seeds or (0,))
-    given["loras"] = tuple(weighted(word) for word in arguments.lora)
+    given |= {"seeds": tuple(arguments.seeds or (0,)), "loras": tuple(arguments.lora)}
     sampling = Sampling(
         steps=arguments.steps,
         guidance=arguments.guidance,
@@ -155,7 +154,7 @@ def find(request: Request, source: str | Path, shots: Sequence[Shot], place: Pla
     roles, control = shots[0].roles, request.control
     if request.compare is not None and control is None and not is_control(source):
         roles = roles - {"condition"}
-    return model.find(
+    ready = model.find(
         source,
         roles=roles,
         window=request.window,
@@ -169,6 +168,8 @@ def find(request: Request, source: str | Path, shots: Sequence[Shot], place: Pla
         vae=request.vae,
         compile=request.compile,
     )
+    check_steps(ready.found.folder, request.sampling.steps)
+    return ready
 
 
 def is_control(source: str | Path) -> bool:

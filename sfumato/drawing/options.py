@@ -1,6 +1,7 @@
 """What `sfumato sample` can be told. Imports no torch."""
 
 import argparse
+import math
 import os
 import re
 import tempfile
@@ -18,6 +19,8 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 """Our names of samplers, and diffusers' classes."""
+SEEDS = range(-(2**63), 2**64)
+"""Those that torch's generators take."""
 
 
 def sampling_options(command: argparse.ArgumentParser) -> None:
@@ -34,6 +37,7 @@ def sampling_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("adapters")
     group.add_argument(
         "--lora",
+        type=weighted,
         action="append",
         default=[],
         metavar="FILE[=WEIGHT]",
@@ -43,7 +47,7 @@ def sampling_options(command: argparse.ArgumentParser) -> None:
         "--control", metavar="FOLDER", help="a ControlNet: a diffusers folder, a run or a hub id"
     )
     group.add_argument(
-        "--control-scale", type=float, default=1.0, metavar="S", help="the factor of what it adds"
+        "--control-scale", type=number, default=1.0, metavar="S", help="the factor of what it adds"
     )
     group = command.add_argument_group("in place of single pictures")
     group.add_argument(
@@ -66,7 +70,7 @@ def text_options(group: argparse._ArgumentGroup) -> None:
         help="more prompts: .txt, one a line, or .jsonl, which may name negative, seeds and pictures of each",
     )
     group.add_argument("--negative", help="what the pictures should not show")
-    group.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one picture a prompt and seed")
+    group.add_argument("--seeds", type=seed, nargs="+", metavar="N", help="one picture a prompt and seed")
     group.add_argument(
         "--window", type=int, choices=WINDOWS, help="tokens of a prompt; default: as the model was trained"
     )
@@ -80,9 +84,9 @@ def text_options(group: argparse._ArgumentGroup) -> None:
 def how_options(group: argparse._ArgumentGroup) -> None:
     """How the pictures are drawn, and by what."""
     group.add_argument("--steps", type=positive, default=25, help="denoising steps")
-    group.add_argument("--guidance", type=float, default=5.0, help="1 is none")
+    group.add_argument("--guidance", type=number, default=5.0, help="1 is none")
     group.add_argument(
-        "--guidance-rescale", type=float, default=0.0, metavar="X", help="0.7 suits zero-terminal-SNR models"
+        "--guidance-rescale", type=number, default=0.0, metavar="X", help="0.7 suits zero-terminal-SNR models"
     )
     group.add_argument("--size", type=size, metavar="N|WxH", help="in pixels; default: as the model was made")
     group.add_argument("--scheduler", help="another sampler than the model's own: " + ", ".join(SCHEDULERS))
@@ -114,7 +118,7 @@ def how_options(group: argparse._ArgumentGroup) -> None:
 def picture_options(group: argparse._ArgumentGroup) -> None:
     """Pictures that a drawing starts from."""
     group.add_argument("--image", type=Path, metavar="FILE|FOLDER", help="change it: image-to-image")
-    group.add_argument("--strength", type=float, metavar="S", help="of the change, 0 to 1; default: 0.8")
+    group.add_argument("--strength", type=number, metavar="S", help="of the change, 0 to 1; default: 0.8")
     group.add_argument(
         "--mask", type=Path, metavar="FILE|FOLDER", help="white: where --image is drawn anew; strength is 1"
     )
@@ -145,6 +149,22 @@ def count(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take."""
+    number = int(text)
+    if number not in SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is none of the seeds, which go from -2^63 to 2^64 - 1")
     return number
 
 
@@ -189,6 +209,6 @@ def weighted(word: str) -> tuple[Path, float]:
     """A file and its weight from FILE or FILE=WEIGHT."""
     name, _, weight = word.rpartition("=")
     try:
-        return (Path(name), float(weight)) if name else (Path(word), 1.0)
+        return (Path(name), number(weight)) if name else (Path(word), 1.0)
     except ValueError:
         return Path(word), 1.0  # the name itself has a "="

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.config.reading import check_text
+from sfumato.drawing.options import SEEDS
 from sfumato.drawing.request import ROLES, Picture, Shot
 from sfumato.errors import UserError
 
@@ -69,7 +70,7 @@ def read_object(text: str, file: Path, where: str) -> Line:
     """One line of a .jsonl file."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also for a number of thousands of digits
         raise UserError(where, f"no JSON: {error}", 'write {"prompt": "a red fox"}') from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise UserError(where, "no object with a text under prompt", 'write {"prompt": "a red fox"}')
@@ -94,9 +95,9 @@ def seeds_of(value: dict[str, Any], where: str) -> tuple[int, ...] | None:
     seeds = value.get("seeds", [value["seed"]] if "seed" in value else None)
     if seeds is None:
         return None
-    good = isinstance(seeds, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
-    if not good or not seeds:
-        raise UserError(where, f"the seeds {seeds!r}", "write whole numbers: [1, 2, 3]")
+    whole = isinstance(seeds, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
+    if not whole or not seeds or not all(seed in SEEDS for seed in seeds):
+        raise UserError(where, f"the seeds {seeds!r}", "write whole numbers of 64 bits: [1, 2, 3]")
     return tuple(seeds)
 
 

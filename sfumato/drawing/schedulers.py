@@ -2,12 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
 
 from sfumato.drawing.options import SCHEDULERS
 from sfumato.errors import UserError
+from sfumato.models.folder import read_json
+
+
+def check_steps(folder: Path, steps: int) -> None:
+    """Raise UserError for more denoising steps than a diffusers folder's noise schedule has."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    most = read_json(file).get("num_train_timesteps") if file.is_file() else None
+    if isinstance(most, int) and steps > most:
+        raise UserError(f"--steps {steps}", f"the noise schedule of {folder} has {most}", "draw with fewer")
 
 
 @contextmanager

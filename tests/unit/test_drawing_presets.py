@@ -47,7 +47,7 @@ def test_what_the_seeds_scripts_drew_with() -> None:
     for found in (plain, lora, control, depth):
         assert (found.steps, found.guidance, found.size) == (50, 5.0, (1024, 1024))
         assert found.seeds == [8, 23, 42, 1334]
-    assert len(plain.prompts) == 8 and plain.negative and lora.lora == ["runs/sdxl-lora"]
+    assert len(plain.prompts) == 8 and plain.negative and lora.lora == [(Path("runs/sdxl-lora"), 1.0)]
     assert (control.scheduler, control.control) == ("unipc", "runs/sdxl-controlnet")
     assert (depth.strength, depth.control_scale, depth.depth, depth.dtype) == (0.99, 0.5, "auto", "fp16")
     assert depth.prompts == ["A robot, 4k photo"]
@@ -80,6 +80,7 @@ def test_a_second_model_is_refused() -> None:
     [
         ("[sample]\nmodel = 'x'\nstep = 3", "unknown key step; did you mean steps?"),
         ("[sample]\nmodel = 'x'\nsteps = 0", "steps = 0"),
+        ("[sample]\nmodel = 'x'\nguidance = nan", "nan is no finite number"),
         ("[sample]\nmodel = 'x'\nseeds = 3", "give a list"),
         ("[sample]\nmodel = 'x'\nfit = 'yes'", "give true or false"),
         ("[sample]\nmodel = 'x'\ndtype = 'fp8'", "choose fp32, bf16, fp16"),

@@ -1,9 +1,11 @@
 """Prompts from files, the pictures that go with them, and weights of words as they are written."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from sfumato.drawing import emphasis, options, prompts
 from sfumato.drawing.prompts import Line
@@ -46,6 +48,8 @@ def test_a_list_of_objects(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "seed": 1, "seeds": [2]}', "both seed and seeds"),
         ("p.jsonl", '{"prompt": "a", "seeds": []}', "whole numbers"),
         ("p.jsonl", '{"prompt": "a", "seed": "1"}', "whole numbers"),
+        ("p.jsonl", '{"prompt": "a", "seed": 18446744073709551616}', "of 64 bits"),
+        ("p.jsonl", '{"prompt": "a", "seed": ' + "9" * 5000 + "}", "no JSON"),
         ("p.jsonl", '{"prompt": "a", "image": 1}', "image is no text"),
         ("p.jsonl", '{"prompt": "a \\ud800 b"}', "line 1: prompt(.|\n)*not valid Unicode text"),
         ("p.jsonl", '{"prompt": "a", "image": "\\ud800"}', "line 1: image(.|\n)*not valid Unicode text"),
@@ -119,6 +123,15 @@ def test_sizes_and_weights_of_the_command_line() -> None:
             options.size(text)
     assert options.weighted("a=b/c=0.8") == (Path("a=b/c"), 0.8)
     assert options.weighted("a=b") == (Path("a=b"), 1.0)
+    assert (options.number("1e3"), options.seed("-9223372036854775808")) == (1000, -(2**63))
+    for text in ("nan", "-inf", "1e999"):
+        for read in (options.number, lambda text: options.weighted(f"a={text}")):
+            with pytest.raises(ArgumentTypeError, match="no finite number"):
+                read(text)
+    for text in (str(2**64), str(-(2**63) - 1)):
+        with pytest.raises(ArgumentTypeError, match="none of the seeds"):
+            options.seed(text)
+    assert torch.Generator().manual_seed(options.seed(str(2**64 - 1))) is not None
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--depth-model x", "no --depth auto"],
     ),
     "a scale of no ControlNet": (["p", "--control-scale", "0.5"], ["no ControlNet that adds anything"]),
+    "more steps than the noise schedule has": (["p", "--steps", "1001"], ["--steps 1001", "has 1000"]),
     "a prompt that is no text": (["caf\udce9"], ["the prompt 'caf\\udce9'", "not valid Unicode text"]),
     "a negative that is no text": (["p", "--negative", "\udce9"], ["--negative", "not valid Unicode text"]),
     "depth and condition": (["p", "--depth", "64.png", "--condition", "64.png"], ["leave one out"]),
