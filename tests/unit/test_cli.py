@@ -1,15 +1,17 @@
 """What a person at the shell sees: exit codes, messages, help."""
 
+import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sfumato import cli, config
+from sfumato import __main__, cli, config
 from sfumato.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +157,28 @@ def test_a_toy_takes_no_folder_that_is_taken(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert cli.main(["tiny", "sd", str(folder)]) == 0
         assert (folder / "model_index.json").is_file()
+
+
+def test_an_interrupt_while_modules_are_imported(tmp_path: Path) -> None:
+    """It comes before there is anything of ours that could catch it, but for the first few lines."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, types\n"
+        "class Interrupted(types.ModuleType):\n"
+        "    def __getattr__(self, name):\n"
+        "        exec('raise KeyboardInterrupt')  # as within a dataclass\n"
+        "sys.modules['sfumato.cli'] = Interrupted('sfumato.cli')\n"
+    )
+    env, words = os.environ | {"PYTHONPATH": str(tmp_path)}, [sys.executable, "-m", "sfumato", "presets"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_both_ways_to_start_are_one() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"sfumato": f"{__main__.__name__}:{__main__.main.__name__}"}
+    code = "import sys, sfumato.__main__; print(*(name for name in sys.modules if 'sfumato.' in name))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["sfumato.__main__"], "what is imported first can be interrupted"
 
 
 def test_a_closed_pipe_is_no_error() -> None:
