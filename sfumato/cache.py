@@ -64,7 +64,7 @@ def fill(config: Config, index: Index, cells: Cells, family: Family, place: Rank
 def kept(family: Family, posterior: str) -> str:
     """What the VAE is, and how much of its answer is kept: of a mean alone no sample can be drawn."""
     encoder = family.identity(images=True)
-    return f"{encoder} mean" if posterior == "mean" else encoder
+    return f"{encoder} {posterior}"
 
 
 class Filler:

@@ -16,8 +16,8 @@ FREE = frozenset(
     | {"data.prior.source"}
     | {"model.weights", "model.vae", "model.variant"}
 )
-"""Settings that may change between two starts of one run: they do not move its curve. That the data are the
-same is seen from their fingerprint."""
+"""Settings that may change between two starts of one run: they do not move its curve. That the data, and the
+weights that do not learn, are the same is seen from their content, wherever they lie."""
 BASE = {"model.weights", "model.variant"}
 """Settings that may change where the checkpoint holds the whole denoiser, but not where the rest is read
 from them at every start."""
@@ -42,7 +42,7 @@ def compared(config: Config, fingerprint: str, frozen: str | None, saved: checkp
     if saved.state["data"] != fingerprint:
         changes[DATA] = "the data are not those that it was trained on, or others are held out"
     if frozen is not None and saved.state.get("frozen") not in (None, frozen):
-        changes[FROZEN] = "weights that do not learn are not those that it was trained with"
+        changes[FROZEN] = "what does not learn is not what it was trained with, or is written otherwise"
     accepted = config.checkpoint.accept
     harmful = [
         f"{name}: {text}" for name, text in changes.items() if not (free(name, config) or name in accepted)

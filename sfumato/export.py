@@ -92,7 +92,8 @@ def ready(
 
 def home_of(saved: checkpoint.Saved) -> Path:
     """The run's folder, however its checkpoint is spelled: of "." it is "../..", which is no parent of it."""
-    return Path(os.path.normpath(saved.path / ".." / ".."))
+    path = saved.path.resolve() if saved.path.is_symlink() else saved.path
+    return Path(os.path.normpath(path / ".." / ".."))
 
 
 def place_of(saved: checkpoint.Saved, config: Config, asked: Path | None) -> Path:

@@ -164,7 +164,8 @@ def applied(
         if verdict == "back":
             with suppress(UserError):  # a write that failed was told; an older checkpoint does as well
                 writer.join()
-            newest = run.latest(engine.config, writer.facts["data"], engine.ranks, writer.tell)
+            known = writer.facts["data"], engine.ranks, writer.tell, writer.facts["frozen"]
+            newest = run.latest(engine.config, *known)
             assert newest is not None, "no checkpoint was written to go back to"
             checkpoint.load(engine, newest)
             mishaps.went_back(engine)

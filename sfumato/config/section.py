@@ -1,6 +1,7 @@
 """What every table of the config file is."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -17,12 +18,15 @@ class Section(BaseModel):
         """Leave `true` for a number as a word, which is refused: Python would count it as 1."""
         if not isinstance(values, dict):
             return values
-        numbers = {
-            name
-            for name, field in cls.model_fields.items()
-            if (kinds := kinds_of(field.annotation)) & {int, float} and bool not in kinds
-        }
+        numbers = numbers_of(cls)
         return {name: worded(value) if name in numbers else value for name, value in values.items()}
+
+
+@cache
+def numbers_of(section: type[BaseModel]) -> frozenset[str]:
+    """A table's settings that are numbers, or hold some, and are never true or false."""
+    kinds = {name: kinds_of(field.annotation) for name, field in section.model_fields.items()}
+    return frozenset(name for name, found in kinds.items() if found & {int, float} and bool not in found)
 
 
 def kinds_of(annotation: Any) -> set[type]:

@@ -126,7 +126,7 @@ class Checkpoint(Section):
     """Those whose step is a multiple of this stay too; unset: the newest alone."""
     accept: tuple[str, ...] = ()
     """Settings that move the curve and may still differ from the checkpoint's, by name, such as
-    ["optimizer.lr"]; "data" for other data."""
+    ["optimizer.lr"]; "data" for other data, "frozen" for other numbers in what does not learn."""
     export: bool = True
     """Put into each what its users load, so that it can be drawn with."""
 

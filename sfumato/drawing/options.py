@@ -197,7 +197,7 @@ def check_file(asked: str, file: Path) -> None:
 
 def check_folder(asked: str, folder: Path) -> None:
     """Raise UserError for a folder to which no file can be written, or that cannot be made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:

@@ -85,7 +85,7 @@ def starting(
     depend on; a file of another origin is drawn anew.
     """
     file = folder / "random.safetensors"
-    if ranks.first and origin_of(file) != origin:
+    if ranks.first and origin_of(file) not in (origin, ""):
         file.unlink(missing_ok=True)
         if drawn := draw():
             folder.mkdir(parents=True, exist_ok=True)
@@ -98,9 +98,9 @@ def starting(
 
 
 def origin_of(file: Path) -> str | None:
-    """What the drawn numbers of a file came from; None where there is no such file."""
+    """What the drawn numbers of a file came from, "" of an older one; None where there is no such file."""
     try:
         with safe_open(file, "pt") as tensors:
-            return (tensors.metadata() or {}).get("origin")
+            return (tensors.metadata() or {}).get("origin", "")
     except (OSError, SafetensorError):
         return None

@@ -19,7 +19,7 @@ from sfumato.errors import UserError
 from sfumato.slurm import asks
 from sfumato.slurm.script import Job, Start, script
 from sfumato.slurm.shell import CONTROL
-from sfumato.slurm.sweep import runs
+from sfumato.slurm.sweep import beside, runs
 
 __all__ = ["Job", "Start", "script", "wanted"]
 
@@ -46,7 +46,7 @@ def training(arguments: argparse.Namespace) -> Job:
     cpus = arguments.cpus_per_gpu or max(run.config.data.workers for run in found) + BESIDE
     starts = [Start(folder_of(run.config), run.settings) for run in found]
     name = config.load(source, overrides).name
-    return job(arguments, ("train", source, *overrides), name, cpus, starts)
+    return job(arguments, ("train", source, *beside(overrides, arguments.sweep)), name, cpus, starts)
 
 
 def another(arguments: argparse.Namespace) -> Job:

@@ -50,13 +50,19 @@ def runs(source: str, overrides: Sequence[str], sweeps: Sequence[str], world: in
         settings = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
         settings.append(f"name={name}")
         try:
-            made = config.load(source, [*overrides, *settings])
+            made = config.load(source, [*beside(overrides, sweeps), *settings])
             made.accumulation(world)
         except UserError as error:
             asked = f"--sweep with {' '.join(settings[:-1])}: {error.asked}"
             raise UserError(asked, error.found, error.do) from None
         found.append(Run(made, settings))
     return found
+
+
+def beside(overrides: Sequence[str], sweeps: Sequence[str]) -> list[str]:
+    """The overrides of what no sweep sets: a setting's values, or a whole table's, take their place."""
+    swept = tuple(f"{axis(text)[0]}." for text in sweeps)
+    return [word for word in overrides if not f"{config.key_of(word)}.".startswith(swept)]
 
 
 def axis(text: str) -> tuple[str, list[str]]:

@@ -300,6 +300,9 @@ def test_an_export_takes_no_place_that_is_not_its_own(
         monkeypatch.chdir(here)
         assert exports.ready(Path(asked)) == exports.export(Path(asked))
         assert json.loads((run / "export" / "sfumato.json").read_text())["step"] == 1
+    (tmp_path / "link").symlink_to(step)
+    monkeypatch.chdir(tmp_path)
+    assert exports.export(Path("link")) == run / "export"
     assert exports.export(run, tmp_path / "mine") == exports.export(run, tmp_path / "mine")
     taken = {path.relative_to(step): path.stat().st_mtime_ns for path in step.rglob("*")}
     assert taken == {path.relative_to(step): own[path] for path in step.rglob("*")}

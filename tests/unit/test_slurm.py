@@ -336,6 +336,13 @@ def test_values_of_a_sweep() -> None:
     assert axis(r'x="a\",b",{k=[1,2]}') == ("x", [r'"a\",b"', "{k=[1,2]}"])
 
 
+def test_what_a_sweep_sets_takes_the_place_of_what_was_set(place: Path) -> None:
+    found = runs("my-run.toml", ["seed=7", "optimizer.lr=1e-4"], ["optimizer.lr=1e-5,1e-3"], 1)
+    assert [(run.config.seed, run.config.optimizer.lr) for run in found] == [(7, 1e-5), (7, 1e-3)]
+    found = runs("my-run.toml", ["method=lora", "method.rank=8"], ["method=full,textual_inversion"], 1)
+    assert [run.config.method.kind for run in found] == ["full", "textual_inversion"]
+
+
 def test_names_of_a_sweep_differ(place: Path) -> None:
     names = [run.config.name for run in runs("my-run.toml", (), ["data.source=a b,a_b"], 1)]
     assert names == ["my-run-0", "my-run-1"], "both would be my-run-source-a_b"
@@ -368,7 +375,7 @@ def test_names_of_a_sweep_differ(place: Path) -> None:
         (["my-run.toml", "--sbatch", "nodes=3"], "the script's own"),
         (["my-run.toml", "--sbatch", "-x"], "expected one argument"),
         (["my-run.toml", "--gres", "gpu:a100:4"], "say the number with --gpus"),
-        (["my-run.toml", "--gres", "gpu:4"], "say the number with --gpus"),
+        (["my-run.toml", "--gres", "gpu:12"], "say the number with --gpus"),
         (["my-run.toml", "--gres", "gpu:a100,nvme"], "no single name"),
         (["my-run.toml", "--output", "logs/%j.out"], "no folder logs; Slurm makes none"),
         (["my-run.toml", "--setup", "if true; then"], "bash says"),

@@ -105,8 +105,8 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     while True:
         file.seek(offset)
         block = file.read(BLOCK)
-        if not block:
-            raise damaged(offset, "it was cut off there")
+        if not block:  # which also is how a tar ends that was never closed, with nothing lost
+            raise Unusable(f"no end is marked: what may have followed byte {offset:,} is lost")
         if not block.strip(b"\0"):
             break
         try:
