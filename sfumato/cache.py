@@ -9,7 +9,7 @@ shard that each rank was filling. What a run needs is noted in the store, so tha
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from sfumato.report.counter import Counter
 CHUNK = 4096  # records that are looked up at once
 CAPTIONS = 64  # captions in a forward pass
 Image = tuple[int, Geometry, bytes]  # record, cut, key
+Work = tuple[list[Image], Iterator[Tensor | Fault]]  # a micro-batch, and what is read of it
 
 
 def fill(config: Config, index: Index, cells: Cells, family: Family, place: Ranks) -> Cached:
@@ -149,15 +150,13 @@ class Filler:
                     cuts = [image for n in chunk for image in self.cuts(n, self.cells.sizes[bucket])]
                     missing = set(self.missing([key for *_, key in cuts]))
                     wanted = list({key: (n, cut, key) for n, cut, key in cuts if key in missing}.values())
-                    for images in batches(wanted, self.config.micro_batch_size):
-                        self.encode(images, readers, writer, faults)
+                    for images, pictures in self.ahead(wanted, readers):
+                        self.encode(images, pictures, writer, faults)
                     done.add(len(chunk) * self.place.world, total)
         if self.again:
             kind = str(self.family.vae_dtype).removeprefix("torch.")
-            print(
-                f"{len(self.again)} images overflow the VAE in {kind} and were encoded in fp32:",
-                *self.again[:9],
-            )
+            told = f"{len(self.again)} images overflow the VAE in {kind} and were encoded in fp32:"
+            print(told, *self.again[:9])
         write_faults(self.config.folder / "faults" / f"cache-rank-{self.place.rank}.jsonl", faults)
         self.judge({fault.name for fault in faults})
 
@@ -186,27 +185,31 @@ class Filler:
         cuts = self.samples.cuts(number, self.index.record(number), target)
         return [(number, cut, self.cached.image_key(digest, cut)) for cut in cuts]
 
+    def ahead(self, wanted: list[Image], readers: ThreadPoolExecutor) -> Iterator[Work]:
+        """Micro-batches of images with what is read of them; the next one is read while one is encoded."""
+        chunks = batches(wanted, self.config.micro_batch_size)
+        works = ((images, readers.map(self.read, images)) for images in chunks)
+        return (work for work, _ in pairwise(chain(works, (None,))) if work is not None)
+
+    def read(self, image: Image) -> Tensor | Fault:
+        """The pixels of an image's cut, or what is wrong with it."""
+        record = self.index.record(image[0])
+        try:
+            return self.samples.image(image[0], record, image[1])
+        except (UserError, OSError) as error:
+            return Fault(record.name, error.found if isinstance(error, UserError) else str(error))
+
     def encode(
-        self, images: list[Image], readers: ThreadPoolExecutor, writer: Writer, faults: list[Fault]
+        self, images: list[Image], pictures: Iterable[Tensor | Fault], writer: Writer, faults: list[Fault]
     ) -> None:
         """Encode some images of one size; those that cannot be become faults."""
-
-        def read(image: Image) -> Tensor | Fault:
-            record = self.index.record(image[0])
-            try:
-                return self.samples.image(image[0], record, image[1])
-            except (UserError, OSError) as error:
-                return Fault(record.name, error.found if isinstance(error, UserError) else str(error))
-
-        read_ones = list(readers.map(read, images))
-        faults += [one for one in read_ones if isinstance(one, Fault)]
-        good = [(image, one) for image, one in zip(images, read_ones, strict=True) if isinstance(one, Tensor)]
+        read = list(pictures)
+        faults += [one for one in read if isinstance(one, Fault)]
+        good = [(image, one) for image, one in zip(images, read, strict=True) if isinstance(one, Tensor)]
         if not good:
             return
         again: list[int] = []
-        moments = self.family.safe_moments(
-            torch.stack([pixels for _, pixels in good]), again
-        )  # (B, 2c, h, w)
+        moments = self.family.safe_moments(torch.stack([one for _, one in good]), again)  # (B, 2c, h, w)
         self.again += [self.index.name(good[row][0][0]) for row in again]
         if self.config.data.posterior == "mean":
             moments = moments.chunk(2, dim=1)[0]  # (B, c, h, w)

@@ -256,7 +256,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def finite(value: Tensor) -> bool:
     """Whether every number is finite."""
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    return not value.is_floating_point() or bool(torch.isfinite(value.detach()).all())
 
 
 def some(names: list[str]) -> str:

@@ -20,6 +20,8 @@ SHM = 1e9
 """Bytes of shared memory for two workers' batches, ahead of time; containers have 64 MB unless told."""
 FILES = 4096
 """Open files: workers hand over each tensor as one."""
+USED = 50.0
+"""Per cent of the processors that other work may have in the second that is looked at."""
 STEAL = 5.0
 """Percent of the time that another machine takes on this host."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -100,11 +102,14 @@ def second() -> list[Line]:
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     text = f"{now} UTC, {abs(drift) * 1e3:.1f} ms off the steady clock"
     fine = abs(drift) < 0.05 and 2025 <= year < 2100
+    idle = sum(getattr(after, name, 0.0) - getattr(cpu, name, 0.0) for name in ("idle", "iowait"))
+    used = 100 * (1 - idle / total) if total > 0 else 0.0  # while this and the other ranks sleep
     busy = f"load {os.getloadavg()[0]:.1f}, {steal:.1f} % of the time taken by the host (steal)"
+    busy += f", {used:.0f} % of the processors busy" if used >= USED else ""
     do = "see what else runs here; on a shared host take one with cores of its own"
     return [
         judged(fine, "clock", text, "set it by NTP (chrony)", drift=drift),
-        judged(steal < STEAL, "other work", busy, do, steal=steal, load=os.getloadavg()[0]),
+        judged(steal < STEAL and used < USED, "other work", busy, do, steal=steal, used=used),
         judged(
             moved < 1e6, "swap", f"{moved / 1e6:,.1f} MB moved in a second", "end other work", moved=moved
         ),

@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from sfumato.device import accelerator, settle
 from sfumato.errors import UserError
@@ -89,8 +90,9 @@ def start(timeout: float) -> Ranks:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes it for the device's number
         seam.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "gloo" if on_cpu else seam.communication_backend_name()
-    deepspeed.init_distributed(
-        dist_backend=backend, timeout=timedelta(seconds=timeout), auto_mpi_discovery=False, verbose=False
-    )
+    limit = timedelta(seconds=timeout)
+    # DeepSpeed sends gradients through groups of its own, to which it gives no time.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]
+    deepspeed.init_distributed(dist_backend=backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
     device = torch.device(seam.current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

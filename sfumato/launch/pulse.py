@@ -17,8 +17,11 @@ FORM = struct.Struct("<dQq40s")
 """Seconds allowed between two beats (0: none are expected), beats so far, step, what is done."""
 MOST = 8  # ranks that are told of by name
 AWAKE = 5.0  # seconds; an observer that looks again after more was itself stopped or very busy
-WAITING = re.compile(r"/(torch/distributed|deepspeed/comm)/")
-"""In a stack: files in which a rank waits for the others."""
+WAITING = re.compile(
+    r"/(torch/distributed|deepspeed/comm)/"
+    r"|/sfumato/engine/(gradients\.py:step|engine\.py:_clip)$|/torch/\w+/__init__\.py:synchronize$"
+)
+"""In a stack: files, or functions, in which a rank waits for others, or a device for what they send it."""
 FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
 
 
@@ -101,7 +104,7 @@ def frames(stack: str) -> list[tuple[str, str, str]]:
 
 def waits(stack: str) -> bool:
     """Whether a rank's main thread waits for other ranks."""
-    return any(WAITING.search(file) for file, _, _ in frames(stack)[:4])
+    return any(WAITING.search(f"{file}:{name}") for file, _, name in frames(stack)[:4])
 
 
 def where(stack: str) -> str:

@@ -48,11 +48,11 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], count: int) -> tu
 
 def answer(encoder: Any, ids: Tensor, mask: Tensor | None) -> Any:
     """The encoder's whole answer for (B, count, 77) ids, row by row; hidden_states are (B * count, 77, d)."""
-    return encoder(
-        ids.flatten(0, 1).to(encoder.device),
-        attention_mask=None if mask is None else mask.flatten(0, 1).to(encoder.device),
-        output_hidden_states=True,
-    )
+    # Else the host would wait until the device has done what it was told before.
+    rows = ids.flatten(0, 1).to(encoder.device, non_blocking=True)
+    if mask is not None:
+        mask = mask.flatten(0, 1).to(encoder.device, non_blocking=True)
+    return encoder(rows, attention_mask=mask, output_hidden_states=True)
 
 
 def join(hidden: Tensor, count: int) -> Tensor:

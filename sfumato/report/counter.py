@@ -15,11 +15,14 @@ class Counter:
     def __init__(self, what: str, first: bool) -> None:
         self.what, self.first = what, first
         self.done, self.total, self.began, self.told = 0, 0, time.perf_counter(), 0.0
+        self.untold = True
+        """Whether there is news since the last line, or none was told."""
         self.pause = TERMINAL_SECONDS if sys.stdout.isatty() else FILE_SECONDS
 
     def add(self, count: int, total: int) -> None:
         """So many more are done, out of so many in all."""
         self.done, self.total = min(self.done + count, total), total
+        self.untold = True
         if time.perf_counter() - self.told > self.pause:
             self.tell()
 
@@ -27,10 +30,12 @@ class Counter:
         """One line."""
         if not self.first:
             return
-        self.told = time.perf_counter()
+        self.told, self.untold = time.perf_counter(), False
         rate = self.done / max(self.told - self.began, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
-        line = f"{self.what}: {self.done:,} of {self.total:,}, {rate:,.0f} a second, {duration(left)} left"
+        line = (
+            f"{self.what}: {self.done:,} of {self.total:,}, {rate_of(rate)} a second, {duration(left)} left"
+        )
         end = "" if sys.stdout.isatty() else "\n"
         print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, end=end, flush=True)
 
@@ -43,6 +48,12 @@ class Counter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.tell()
+        if self.untold:
+            self.tell()
         if self.first and sys.stdout.isatty():
             print()
+
+
+def rate_of(rate: float) -> str:
+    """A rate in three digits, or all that it has before the point."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

@@ -24,6 +24,13 @@ FRAME_SECONDS = 0.1  # between two pictures of the live line
 RATE_LINES = 20  # the time left is judged by this many of the last intervals
 
 
+class Lasting(Console):
+    """A console whose reader may go, as a pager does: the run goes on, which its files tell as well."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 class Progress:
     """Tells the console and metrics.jsonl what the loop measured; silent on all ranks but the first.
 
@@ -56,7 +63,7 @@ class Progress:
             return
         cut_after(path, start)
         self.path, self.file = path, path.open("a", encoding="utf-8")
-        self.console = console or Console()
+        self.console = console or Lasting()
         live = self.console.is_terminal and not self.console.is_dumb_terminal
         # Refreshed by us alone: a thread of its own would be copied, half alive, into the loader's workers.
         self.live = Live(console=self.console, auto_refresh=False) if live else None

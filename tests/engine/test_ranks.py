@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
+import torch.distributed.distributed_c10d as c10d
 
+from sfumato.engine.ranks import start
 from tests.engine.ranks import RankError, run_ranks
 
 
@@ -51,6 +53,19 @@ def test_a_killed_rank_is_named() -> None:
     with pytest.raises(RankError, match="exit code -9") as caught:
         run_ranks(die_on_one, 2)
     assert caught.value.rank == 1
+
+
+def limits() -> list[float]:
+    """The seconds of a group that was made without any, and of those that NCCL would make."""
+    start(1234.0)
+    group = torch.distributed.new_group()
+    found = group._get_backend(torch.device("cpu")).options._timeout, c10d._get_default_timeout("nccl")
+    return [each.total_seconds() for each in found]
+
+
+def test_groups_that_others_make_have_the_runs_limit() -> None:
+    """As DeepSpeed's, through which the gradients go."""
+    assert run_ranks(limits, 1, init=False) == [[1234.0, 1234.0]]
 
 
 def test_a_hang_is_named() -> None:

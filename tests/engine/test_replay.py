@@ -18,7 +18,9 @@ from tests.engine.test_controlnet import write_pairs
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"engine__zero_stage": 2, "engine__precision": "bf16"},
-    "lora": {"method": {"kind": "lora", "rank": 2, "dropout": 0.5}},
+    "lora": {
+        "method": {"kind": "lora", "rank": 2, "dropout": 0.5}, "engine__gradient_checkpointing": "selective",
+    },
     "controlnet": {"method": {"kind": "controlnet"}, "data__conditioning_column": "hint"},
     "textual_inversion": {
         "method": {"kind": "textual_inversion", "like": "red"}, "data__caption_prefix": "<new> in ",
@@ -105,8 +107,9 @@ def done(place: Path) -> tuple[Any, ...]:
         for name, changes in METHODS.items()
     ]
     diverging = runs.settings(
-        place, name="diverging", optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, **light
-    )
+        place, name="diverging", optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0},
+        engine__gradient_checkpointing=True, **light,
+    )  # fmt: skip
     [(found, *rest)] = run_ranks(everything, 1, jobs, diverging, timeout=280)
     return dict(zip(METHODS, found, strict=True)), *rest
 

@@ -86,6 +86,20 @@ def test_a_rank_that_hangs_is_named_by_where_it_is(tmp_path: Path) -> None:
     assert "in barrier" in text, "its own stack"
 
 
+def test_a_rank_that_waits_for_its_device_is_not_to_blame() -> None:
+    """NCCL's collectives return at once: the host waits later, for what they leave on the device."""
+    beat = Beat(LIMIT, 7, 2, "training")
+    calls = {
+        "gradients.py:step": 'File "/x/sfumato/engine/gradients.py", line 9 in step',
+        "engine.py:_clip": 'File "/x/sfumato/engine/engine.py", line 9 in _clip',
+        "synchronize": 'File "/x/torch/cuda/__init__.py", line 9 in synchronize',
+    }
+    for waits in calls.values():
+        told = [waits, 'File "/x/diffusers/vae.py", line 9 in encode', waits]
+        stacks = {rank: f"Current thread 0x1:\n  {line}\n" for rank, line in enumerate(told)}
+        assert behind(dict.fromkeys(stacks, beat), stacks) == [1], waits
+
+
 def test_a_stopped_process_is_named(tmp_path: Path) -> None:
     code, text = ended("frozen", tmp_path, 0)
     assert code == 1

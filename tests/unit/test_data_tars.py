@@ -293,12 +293,13 @@ def test_damaged_shards(tmp_path: Path) -> None:
     for cut in (at, at + 100, at + 512, at + 700):
         names, fault = damaged(tmp_path, good[:cut])
         assert names == three[:2], f"cut at {cut - at}"
-        assert "damaged" in fault
+        # One that was never closed looks the same as one that was cut between members.
+        assert ("no end is marked" if cut == at else "damaged") in fault
     # Cut right after the caption: the record is whole, but the shard is not.
     with tarfile.open(fileobj=io.BytesIO(good)) as tar:
         after = tar.getmember("000000002.json").offset
     names, fault = damaged(tmp_path, good[:after])
-    assert names == three and fault.startswith(f"damaged from byte {after:,} on") and "cut off" in fault
+    assert names == three and fault == f"no end is marked: what may have followed byte {after:,} is lost"
     # Python's tarfile takes this for the end of the tar, without a word.
     names, fault = damaged(tmp_path, good[: at + 150] + b"\xff" + good[at + 151 :])
     assert names == three[:2] and f"damaged from byte {at:,}" in fault

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import pytest
 from rich.console import Console
 
 from sfumato.report import progress
+from sfumato.report.counter import rate_of
 from sfumato.report.progress import Progress, duration
+
+ROOT = Path(__file__).parents[2]
 
 
 class Clock:
@@ -277,3 +282,23 @@ def test_a_step_told_twice_is_our_mistake(tmp_path: Path) -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_reader_that_goes_ends_no_run(tmp_path: Path) -> None:
+    """As with `| head`; rich by itself ends the process with code 1."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sfumato.report.progress import Progress\n"
+        "progress = Progress(Path(sys.argv[1]), 10, 4)\n"
+        "for _ in range(3): progress.note('a line')\n"
+        "print('whatever else is told', flush=True)\n"
+        "print('went on', file=sys.stderr)\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "metrics.jsonl")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None and process.stderr is not None, "it has no pipes"
+    process.stdout.close()
+    assert process.stderr.read() == "went on\n" and process.wait(60) == 0
+
+
+def test_slow_work_has_a_rate() -> None:
+    assert [rate_of(rate) for rate in (0.04, 0.333, 66.4, 4321.9)] == ["0.04", "0.333", "66.4", "4,322"]

@@ -84,6 +84,9 @@ class Counting(Meter):
         """A copy between host and device."""
         self.copies += 1
         if source.device != PAPER:
+            freely = kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
+            if not freely:
+                self.wait("copy to the device")
             return super().__torch_dispatch__(func, (), args, kwargs)
         if not kwargs.get("non_blocking"):
             self.wait("copy to the host")
