@@ -153,10 +153,11 @@ class Meter(TorchDispatchMode):
         return tuple(found)
 
     @contextmanager
-    def keeping(self, found: dict[int, Amount]) -> Iterator[None]:
+    def keeping(self, found: dict[int, Amount], every: bool = False) -> Iterator[None]:
         """Within it `found` gets number and bytes of each storage that autograd keeps for the backward pass.
 
-        Those that were born before, as a step's inputs are, do not count.
+        Those that were born before, as a step's inputs are, do not count. every: what lives on at its end,
+        for "selective" checkpointing keeps most beside autograd.
         """
         first = len(self._sizes)
 
@@ -170,6 +171,8 @@ class Meter(TorchDispatchMode):
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
         alive = set(self._numbers.values())
+        if every:
+            found |= {number: self._sizes[number] for number in alive if number >= first}
         for number in found.keys() - alive:
             del found[number]
 

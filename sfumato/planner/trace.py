@@ -130,6 +130,7 @@ class Stage:
             self.method.settle(self.parts)
         self.objective = Objective(config.objective, family.scheduler_config)
         self.lower = torch.bfloat16 if autocast(config) else None
+        self.selective = config.engine.gradient_checkpointing == "selective"
 
     def frozen(self) -> dict[str, int]:
         """Bytes of frozen weights and of buffers by part: those of the engine's module, and the encoders."""
@@ -240,7 +241,7 @@ def rehearse(stage: Stage, size: tuple[int, int]) -> Taken:
         del text
         latents, condition = stage.method.encode(batch)
         encoded, encode_flops = meter.now(), meter.flops
-        with meter.keeping(kept):
+        with meter.keeping(kept, stage.selective):
             loss = loss_of(stage, kernels, latents, condition, batch.draws)
         del batch, latents, condition  # which the loop has in its forward pass only
         meter.backward(loss, stage.parts.parameters())

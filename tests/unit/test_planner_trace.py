@@ -85,6 +85,14 @@ def test_what_is_kept_is_what_autograd_saves(family: str) -> None:
         check_kept(settings, planned(settings, SMALL))
 
 
+def test_what_selective_checkpointing_keeps_beside_autograd_counts() -> None:
+    every, some, least = (
+        planned(twin("sd", engine__gradient_checkpointing=way), SMALL) for way in (False, "selective", True)
+    )
+    assert 1.2 * least.activations < some.activations < every.activations
+    assert some.activations > 0.8 * (some.step_peak(2) - some.step_peak(1))
+
+
 def test_stage_0_keeps_the_casts_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU autocast raises no normalisation to fp32, on CUDA it does: the rule is a list."""
     settings = twin("sd", engine__precision="bf16", engine__zero_stage=0)

@@ -114,7 +114,7 @@ def table(found: Mapping[str, Any]) -> Table:
     most, top = found["ceilings"], found["peak"]["datasheet"]
     shown = Table(
         title=f"{found['device']}: copy {most['copy'] / 1e9:,.0f} GB/s, "
-        f"matmul bf16 {most['matmul'] / 1e12:,.1f} TFLOP/s"
+        f"matmul bf16 {most['matmul'] / 1e12:,.3g} TFLOP/s"
         + (f" (datasheet {top / 1e12:,.0f})" if top else ""),
         title_justify="left",
         box=None,
