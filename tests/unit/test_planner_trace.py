@@ -144,7 +144,7 @@ class Twice(Meter):
     """Counts a storage as often as it is saved."""
 
     @contextmanager
-    def keeping(self, found: dict[int, Amount]) -> Iterator[None]:
+    def keeping(self, found: dict[int, Amount], every: bool = False) -> Iterator[None]:
         def pack(tensor: Tensor) -> Tensor:
             held = self.number(tensor) < 0
             found[len(found)] = self.amount(0 if held else tensor.untyped_storage().nbytes())

@@ -34,6 +34,7 @@ from sfumato.engine.ranks import Ranks, start
 from sfumato.errors import UserError
 from sfumato.models import family_class
 from sfumato.planner.architectures import facts_of
+from sfumato.report.counter import rate_of
 from sfumato.report.flops import peak_of
 
 BUDGET = 570.0
@@ -114,7 +115,7 @@ def table(found: Mapping[str, Any]) -> Table:
     most, top = found["ceilings"], found["peak"]["datasheet"]
     shown = Table(
         title=f"{found['device']}: copy {most['copy'] / 1e9:,.0f} GB/s, "
-        f"matmul bf16 {most['matmul'] / 1e12:,.3g} TFLOP/s"
+        f"matmul bf16 {rate_of(most['matmul'] / 1e12)} TFLOP/s"
         + (f" (datasheet {top / 1e12:,.0f})" if top else ""),
         title_justify="left",
         box=None,
