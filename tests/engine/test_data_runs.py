@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,6 +111,18 @@ def test_a_store_of_means_serves_no_run_that_samples(place: Path, alone: dict[st
     check_same({"live": live, "means": means})
     check_same({"live": alone["laion_sx-none"], "samples": samples})
     assert means != pytest.approx(samples, abs=1e-5)
+
+
+def test_the_next_pictures_are_read_while_a_batch_is_encoded() -> None:
+    begun: list[int] = []
+    filler: Any = SimpleNamespace(config=SimpleNamespace(micro_batch_size=2), read=begun.append)
+    numbers: Any = [1, 2, 3, 4, 5]
+    with ThreadPoolExecutor(1) as readers:
+        works = cache.Filler.ahead(filler, numbers, readers)
+        assert [*next(works)[0]] == [1, 2]
+        readers.submit(int).result()  # when all that was asked for before is done
+        assert begun == [1, 2, 3, 4]
+        assert [[*images] for images, _ in works] == [[3, 4], [5]]
 
 
 def uncropped_cache(values: dict[str, Any]) -> list[float]:

@@ -41,6 +41,11 @@ def writes(*args: Any) -> Any:
     return losses * torch.tensor([1.0], device=losses.device), sums
 
 
+def sends(*args: Any) -> Any:
+    losses, sums = real(*args)
+    return losses * torch.ones(1, device="cpu").to(losses.device), sums
+
+
 def keeps(*args: Any) -> Any:
     losses, sums = real(*args)
     weight = torch.zeros(1000, 1000, device=losses.device)
@@ -51,6 +56,7 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "waits": asks,
     "flops": asks_twice,
     "copies": writes,
+    "sent and waited": sends,
     "kept": keeps,
     "operators": keeps,
 }
@@ -109,7 +115,7 @@ def sent() -> dict[int, dict[str, int]]:
 def test_a_worse_step_is_caught(name: str) -> None:
     good = papers()[""]
     assert not gates.broken(good, good)
-    gate = {"recomputing": "flops", "timed": "waits"}.get(name, name)
+    gate = {"recomputing": "flops", "timed": "waits", "sent and waited": "waits"}.get(name, name)
     assert any(line.startswith(f"{gate} is ") for line in gates.broken(papers()[name], good))
 
 
