@@ -8,7 +8,7 @@ overrides, and reports every mistake of the file in one message. What depends on
 from sfumato.config.data import Buckets, Data, Layout, Part, Prior, Tags
 from sfumato.config.method import ControlNet, Full, LoRA, Model, TextualInversion
 from sfumato.config.objective import BiasedTimesteps, MinSNRWeight, Objective, UniformTimesteps, UniformWeight
-from sfumato.config.reading import PRESETS, find, key_of, load, parse
+from sfumato.config.reading import PRESETS, beside, find, key_of, load, parse
 from sfumato.config.run import Config
 from sfumato.config.section import Section
 from sfumato.config.training import (
@@ -60,6 +60,7 @@ __all__ = [
     "UniformTimesteps",
     "UniformWeight",
     "Validation",
+    "beside",
     "find",
     "key_of",
     "load",

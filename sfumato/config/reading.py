@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -81,6 +81,12 @@ def free_engine(values: dict[str, Any]) -> None:
 def key_of(override: str) -> str:
     """The key of a `key=value`."""
     return override.partition("=")[0].strip()
+
+
+def beside(overrides: Iterable[str], keys: Iterable[str]) -> list[str]:
+    """The overrides of what none of the keys sets: neither a setting itself, nor a table around it."""
+    set_there = tuple(f"{key}." for key in keys)
+    return [word for word in overrides if not f"{key_of(word)}.".startswith(set_there)]
 
 
 def check_once(overrides: Sequence[str]) -> None:

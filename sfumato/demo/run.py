@@ -52,8 +52,7 @@ def demo(output: Path = Path("runs"), base: Path = SHIPPED, overrides: tuple[str
     emoji.write_images("openmoji", images, codes=emoji.tuning())
     ours = [f"output={output}", f"model.weights={base}", f"data.source={images}"]
     ours = [*suited(), *ours, f"data.store={output / 'demo' / 'cache'}"]
-    said = tuple(f"{config.key_of(word)}." for word in overrides)
-    wishes = [*(word for word in ours if not f"{config.key_of(word)}.".startswith(said)), *overrides]
+    wishes = [*config.beside(ours, map(config.key_of, overrides)), *overrides]
     settings = config.load(SETTINGS, wishes)
     held = {code: emoji.concepts()[code] for code in emoji.held_out()}
     print(f"The base draws {len(held)} concepts, as it learned them in the style of Noto ...")

@@ -60,9 +60,8 @@ def runs(source: str, overrides: Sequence[str], sweeps: Sequence[str], world: in
 
 
 def beside(overrides: Sequence[str], sweeps: Sequence[str]) -> list[str]:
-    """The overrides of what no sweep sets: a setting's values, or a whole table's, take their place."""
-    swept = tuple(f"{axis(text)[0]}." for text in sweeps)
-    return [word for word in overrides if not f"{config.key_of(word)}.".startswith(swept)]
+    """The overrides of what no sweep sets: its values take the place of the others."""
+    return config.beside(overrides, (axis(text)[0] for text in sweeps))
 
 
 def axis(text: str) -> tuple[str, list[str]]:
