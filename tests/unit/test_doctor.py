@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -406,3 +406,19 @@ def test_a_gradient_has_its_verdict() -> None:
     assert "most in conv_in.weight" in line(distances(1.0, 0.7), right).text
     kernel = line(distances(1.0, 5e-3), distances(1.0, 0.48), engine__precision="bf16")
     assert kernel.verdict is Verdict.BAD and "a kernel is wrong" in kernel.text
+
+
+def test_other_work_on_the_processors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four seconds on two cores one, or three, belonged to others."""
+
+    class Times(NamedTuple):
+        user: float
+        idle: float
+
+    monkeypatch.setattr(machine, "SECOND", 0.0)
+    for user, verdict in ((1.0, Verdict.GOOD), (3.0, Verdict.WARNING)):
+        times = iter((Times(0.0, 0.0), Times(user, 4.0 - user)))
+        monkeypatch.setattr(machine.psutil, "cpu_times", lambda times=times: next(times))
+        line = machine.second()[1]
+        assert (line.name, line.verdict) == ("other work", verdict)
+        assert ("75 % of the processors busy" in line.text) == (verdict is Verdict.WARNING)
