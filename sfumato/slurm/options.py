@@ -94,7 +94,7 @@ def text(word: str) -> str:
 
 def gres(word: str) -> str:
     """What the cluster calls a GPU. The number is not said here."""
-    if "," in text(word) or re.search(r":\d{1,2}$", word):
+    if "," in text(word) or re.search(r":(\d{1,2})?$", word):
         raise argparse.ArgumentTypeError(f"{word!r} is no single name: say the number with --gpus")
     return word
 

@@ -376,6 +376,7 @@ def test_names_of_a_sweep_differ(place: Path) -> None:
         (["my-run.toml", "--sbatch", "-x"], "expected one argument"),
         (["my-run.toml", "--gres", "gpu:a100:4"], "say the number with --gpus"),
         (["my-run.toml", "--gres", "gpu:12"], "say the number with --gpus"),
+        (["my-run.toml", "--gres", "gpu:"], "no single name"),
         (["my-run.toml", "--gres", "gpu:a100,nvme"], "no single name"),
         (["my-run.toml", "--output", "logs/%j.out"], "no folder logs; Slurm makes none"),
         (["my-run.toml", "--setup", "if true; then"], "bash says"),
